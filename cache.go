@@ -15,7 +15,6 @@ import (
 	"log"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -33,9 +32,6 @@ const (
 )
 
 var now = time.Now // tests move it
-
-// made matches the names that path makes.
-var made = regexp.MustCompile(`^[a-z0-9%][a-z0-9%.-]*_[a-z0-9%._+-]*$`)
 
 // A Response is a head and a body: a text, a file, one that grows, or what comes from an origin. All but the
 // last are also io.Seekers.
@@ -108,43 +104,70 @@ func selectors(res, req *Head) (fields []Field) {
 	return fields
 }
 
-// lookup returns the stored response that req selects, nil if there is none, and its key. Under the URL
-// itself is one that says in Vary what selects; others are beside it. Its generation, kept when it is
-// renewed, puts those of the time before an invalidation out of reach.
-func (c *Cache) lookup(url string, req *Head) (*Response, string) {
-	r := c.open(url)
-	if r == nil || slices.Equal(selectors(r.Head, r.req), selectors(r.Head, req)) {
-		return r, url
+// lookup returns the stored response that req selects, nil if there is none, and the key for one. Under the
+// URL itself is a response that says in Vary what selects; others are beside it. All bear its generation,
+// which is new after an invalidation and puts those of the time before out of reach.
+func (c *Cache) lookup(url string, req *Head) (r *Response, key, generation string) {
+	r = c.open(url)
+	if r == nil || r.selectedBy(req) {
+		return r, url, r.generation()
 	}
-	defer r.Close()
-	key := r.variant(url, req)
-	return c.open(key), key
+	generation, key = r.generation(), r.variant(url, req)
+	r.Close()
+	if r = c.open(key); r != nil && !r.selectedBy(req) {
+		r.Close()
+		r = nil
+	}
+	return r, key, generation
+}
+
+func (r *Response) selectedBy(req *Head) bool {
+	return slices.Equal(selectors(r.Head, r.req), selectors(r.Head, req))
+}
+
+func (r *Response) generation() string {
+	if r != nil && r.req.Get("Generation") != "" {
+		return r.req.Get("Generation")
+	}
+	return rand.Text()
 }
 
 func (r *Response) variant(url string, req *Head) string {
-	sum := sha256.Sum256(fmt.Append(nil, r.req.Get("Generation"), selectors(r.Head, req)))
+	sum := sha256.Sum256(fmt.Append(nil, r.generation(), selectors(r.Head, req)))
 	return fmt.Sprintf("%s\n%.8x", url, sum)
 }
 
 // open returns what is stored under a key. Whatever is wrong with its file, it is as if there were none.
 func (c *Cache) open(key string) *Response {
 	url, _, _ := strings.Cut(key, "\n")
-	file, err := os.Open(c.path(key))
+	r := c.load(c.path(key))
+	if r != nil && r.req.Line[1] != "http://"+url {
+		r.Close()
+		return nil
+	}
+	return r
+}
+
+func (c *Cache) load(path string) *Response {
+	info, err := os.Lstat(path)
+	if err != nil || !info.Mode().IsRegular() {
+		return nil
+	}
+	file, err := os.Open(path)
 	if err != nil {
 		return nil
 	}
 	r, in := &Response{Head: new(Head), req: new(Head), ReadCloser: file}, bufio.NewReader(file)
 	err = errors.Join(r.req.read(in, false), r.Head.read(in, true))
 	at, _ := file.Seek(0, io.SeekCurrent)
-	info, err2 := file.Stat()
 	size, ok := digits(r.Get("Content-Length"))
 	r.size, r.off = size, at-int64(in.Buffered())
-	if err != nil || err2 != nil || !ok || r.off+size != info.Size() || r.req.Line[1] != "http://"+url {
+	if err != nil || !ok || r.off+size != info.Size() {
 		file.Close()
 		return nil
 	}
 	if t := now(); t.Sub(info.ModTime()) > time.Minute {
-		os.Chtimes(file.Name(), t, t) // when it was last used, for trim
+		os.Chtimes(path, t, t) // when it was last used, for trim
 	}
 	r.assess(c.ttl)
 	return r
@@ -255,7 +278,8 @@ func (r *Response) standsIn(req *Head, status int) bool {
 		return false
 	}
 	spare, limited := r.seconds("stale-if-error")
-	within := now().Unix()-r.born-r.life < spare
+	asked, _ := req.seconds("stale-if-error")
+	within := now().Unix()-r.born-r.life < max(spare, asked)
 	return status == 0 && !limited || within && slices.Contains([]int{0, 500, 502, 503, 504}, status)
 }
 
@@ -368,7 +392,8 @@ func (d *download) answer() *Response { r := d.Response; r.ReadCloser = &tail{do
 
 // store keeps r, the answer to req, from now on if it may, and returns what answers in its place, with the
 // fields that are for this client alone; else r.
-func (c *Cache) store(d *download, url string, req *Head, r *Response, asked time.Time) *Response {
+func (c *Cache) store(d *download, url string, req *Head, r *Response, asked time.Time,
+	generation string) *Response {
 	if !c.storable(req, r) {
 		return r
 	}
@@ -378,15 +403,11 @@ func (c *Cache) store(d *download, url string, req *Head, r *Response, asked tim
 		names, _ := r.directive(directive)
 		d.Del(strings.FieldsFunc(names, func(c rune) bool { return c == ',' || c == ' ' })...)
 	}
-	key, generation := url, rand.Text()
-	if base := c.open(url); base != nil {
-		if vary := base.list("Vary"); len(vary) > 0 && slices.Equal(vary, r.list("Vary")) {
-			key, generation = d.key, base.req.Get("Generation")
-		}
-		base.Close()
-	}
 	d.req = &Head{[3]string{"GET", "http://" + url, "HTTP/1.1"}, 0, append(selectors(r.Head, req),
-		Field{"Date", asked.UTC().Format(dateFormat)}, Field{"Generation", generation})}
+		Field{"Date", asked.UTC().Format(dateFormat)})}
+	if len(r.list("Vary")) > 0 {
+		d.req.Set("Generation", generation)
+	}
 	b := d.appendTo(d.req.appendTo(nil), Field{"Content-Length", fmt.Sprintf("%20d", r.size)})
 	d.off = int64(len(b))
 	os.MkdirAll(c.dir, 0o700)
@@ -409,7 +430,7 @@ func (c *Cache) store(d *download, url string, req *Head, r *Response, asked tim
 	own := slices.DeleteFunc(r.Fields, func(f Field) bool { return slices.Contains(d.Fields, f) || isOneOf(f.Name, "Age") })
 	d.shared = true
 	close(d.ready)
-	go d.run(c, c.path(key))
+	go d.run(c, c.path(d.key))
 	answer := d.answer()
 	answer.Head = &Head{d.Line, d.Status, append(slices.Clone(d.Fields), own...)}
 	return answer
@@ -498,7 +519,9 @@ func (t *tail) Close() error {
 	if t.done {
 		t.file.Close()
 	} else if fromOrigin && (t.size < 0 || t.size-t.got > worth) {
-		t.void = true
+		if t.void = true; cache.under[t.key] == t.download {
+			delete(cache.under, t.key)
+		}
 		b.c.Conn.Close()
 	}
 	return nil
@@ -545,18 +568,31 @@ func (c *Cache) trim() {
 		}
 		if strings.HasPrefix(info.Name(), temporary) && now().Sub(info.ModTime()) > strayAge {
 			os.Remove(filepath.Join(c.dir, info.Name()))
-		} else if made.MatchString(info.Name()) {
+		} else if strings.Contains(info.Name(), "_") {
 			files = append(files, info)
 			size += info.Size()
 		}
 	}
 	slices.SortFunc(files, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
 	for ; size > c.limit && len(files) > 0; files = files[1:] {
-		if os.Remove(filepath.Join(c.dir, files[0].Name())) == nil {
+		if path := filepath.Join(c.dir, files[0].Name()); c.made(path) && os.Remove(path) == nil {
 			size -= files[0].Size()
 		}
 	}
 	c.mu.Lock()
 	c.size = size
 	c.mu.Unlock()
+}
+
+// made tells whether a file was made by the cache: its name follows from the URL in it.
+func (c *Cache) made(path string) bool {
+	file, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer file.Close()
+	line, _ := bufio.NewReader(file).ReadString('\n')
+	url, _, _ := strings.Cut(strings.TrimPrefix(line, "GET http://"), " ")
+	name := filepath.Base(path)
+	return name == fileName(url) || strings.HasPrefix(name, fileName(url)+"+")
 }

@@ -69,11 +69,11 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	log.Printf("listening on %s, cache in %s", l.Addr(), *dir)
-	go serve(l)
-	go cache.trim()
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
+	log.Printf("listening on %s, cache in %s", l.Addr(), *dir)
+	go accept(l)
+	go cache.trim()
 	for end := time.Now().Add(math.MaxInt64); !closing.Load() || active.Load() > 0 && time.Now().Before(end); {
 		select {
 		case <-stop: // exchanges under way have ten seconds more
@@ -86,6 +86,7 @@ func main() {
 			journal.Unlock()
 		}
 	}
+	journal.Flush()
 	log.Printf("%d requests, %d from the cache, %d bytes", journal.requests, journal.hits, journal.bytes)
 }
 
@@ -97,10 +98,20 @@ func configure() (address string) {
 			os.Exit(2)
 		}
 	}
-	for flag.Parse(); flag.NArg() > 0; flag.CommandLine.Parse(flag.Args()[1:]) {
+	flag.CommandLine.Init("proxy", flag.ContinueOnError)
+	flag.CommandLine.SetOutput(io.Discard)
+	err := flag.CommandLine.Parse(os.Args[1:])
+	for ; err == nil && flag.NArg() > 0; err = flag.CommandLine.Parse(flag.Args()[1:]) {
 		usage(address == "", "two addresses, %s and %s", address, flag.Arg(0))
 		address = flag.Arg(0)
 	}
+	if errors.Is(err, flag.ErrHelp) {
+		flag.CommandLine.SetOutput(os.Stderr)
+		fmt.Fprintln(os.Stderr, "usage: proxy [flags] [port | host:port]")
+		flag.PrintDefaults()
+		os.Exit(0)
+	}
+	usage(err == nil, "%v", err)
 	if address = cmp.Or(address, "8899"); strings.Trim(address, "0123456789") == "" {
 		address = "127.0.0.1:" + address
 	}
@@ -137,7 +148,7 @@ func configure() (address string) {
 	return address
 }
 
-func serve(l net.Listener) {
+func accept(l net.Listener) {
 	for !closing.Load() {
 		nc, err := l.Accept()
 		if err != nil { // e.g., too many open files
@@ -178,6 +189,7 @@ type exchange struct {
 	start      time.Time
 	us, origin string // host:port in Host, and that is asked
 	path, url  string // what is asked for; url, without its scheme, is the key in the cache
+	generation string // of what is stored for the URL
 	direct     bool   // we are asked as a server
 	keep       bool   // the connection is good for another request
 	code, peer string // the outcome and who was asked, in the words of Squid's log
@@ -262,6 +274,8 @@ func (x *exchange) answer() (*Response, error) {
 		if err := x.upload.nextChunk(); err != nil {
 			return nil, err
 		}
+	case limited && hops == 0 && method == "OPTIONS":
+		return page(200, "text/plain", ""), nil
 	case limited && hops == 0:
 		req.Del("Authorization", "Cookie", "Proxy-Authorization")
 		return page(200, "message/http", string(req.appendTo(nil))), nil
@@ -440,7 +454,9 @@ func (x *exchange) file(name string) *Response {
 
 // cached answers from the store where it may (RFC 9111 §4) or from a download under way; else it asks.
 func (x *exchange) cached() (*Response, error) {
-	for r, key := cache.lookup(x.url, x.req); ; {
+	r, key, generation := cache.lookup(x.url, x.req)
+	x.generation = generation
+	for {
 		why, behind := "uri-miss", false
 		if r != nil {
 			why, behind = r.judge(x.req)
@@ -465,9 +481,9 @@ func (x *exchange) cached() (*Response, error) {
 		}
 		<-d.ready
 		joined := d.answer()
-		same := d.shared && slices.Equal(selectors(d.Head, d.req), selectors(d.Head, x.req))
+		same := d.shared && joined.selectedBy(x.req)
 		if d.shared && !same { // it varies, as is known only now
-			key = joined.variant(x.url, x.req)
+			key, x.generation = joined.variant(x.url, x.req), joined.generation()
 			joined.Close()
 			continue
 		}
@@ -490,7 +506,8 @@ func (x *exchange) refresh(key string) {
 		return
 	}
 	x.req.Del("If-None-Match", "If-Modified-Since", "Range", "If-Range")
-	stored, _ := cache.lookup(x.url, x.req)
+	stored, _, generation := cache.lookup(x.url, x.req)
+	x.generation = generation
 	if r, err := x.fetch(stored, d, "stale"); err == nil {
 		io.Copy(io.Discard, r)
 		r.Close()
@@ -586,7 +603,7 @@ func (x *exchange) fetch(stored *Response, d *download, why string) (r *Response
 		}
 	}
 	if d != nil {
-		if r = cache.store(d, x.url, x.req, r, asked); d.shared {
+		if r = cache.store(d, x.url, x.req, r, asked, x.generation); d.shared {
 			x.why += "; stored"
 		}
 	}

@@ -135,8 +135,12 @@ func (h *Head) readFields(l *lineReader) {
 
 // appendTo appends h as it stands on the wire, with the extra fields, up to and with the empty line.
 func (h *Head) appendTo(b []byte, extra ...Field) []byte {
-	b = append(append(append(append(b, h.Line[0]...), ' '), h.Line[1]...), ' ')
-	b = append(append(b, h.Line[2]...), "\r\n"...)
+	line := h.Line
+	if h.Status != 0 {
+		line[0] = "HTTP/1.1" // ours, whatever the origin's
+	}
+	b = append(append(append(append(b, line[0]...), ' '), line[1]...), ' ')
+	b = append(append(b, line[2]...), "\r\n"...)
 	for _, f := range append(h.Fields[:len(h.Fields):len(h.Fields)], extra...) {
 		b = append(append(append(append(b, f.Name...), ": "...), f.Value...), "\r\n"...)
 	}
@@ -183,7 +187,8 @@ func (h *Head) list(name string) (elements []string) {
 func (h *Head) has(name, element string) bool { return isOneOf(element, h.list(name)...) }
 func (h *Head) old() bool                     { return h.Line[0] == "HTTP/1.0" || h.Line[2] == "HTTP/1.0" }
 func (h *Head) keepAlive() bool {
-	return !h.has("Connection", "close") && (!h.old() || h.has("Connection", "keep-alive"))
+	said := append(h.list("Connection"), h.list("Proxy-Connection")...)
+	return !isOneOf("close", said...) && (!h.old() || isOneOf("keep-alive", said...))
 }
 
 // endToEnd removes what concerns one connection only (RFC 9110 §7.6.1), Trailer too because trailers are
@@ -199,21 +204,31 @@ func (h *Head) endToEnd() {
 // the last chunk, or with the connection. What two readers could take differently is refused: more than one
 // length, a transfer coding beside it, in HTTP/1.0, or not just chunked. In an answer a coding that nobody
 // knows is delimited by close, as the RFC has it. bodiless answers have no body whatever they say.
-func (h *Head) framing(bodiless bool) (int64, error) {
-	lengths, coding := h.list("Content-Length"), strings.ToLower(strings.Join(h.list("Transfer-Encoding"), ","))
-	length, ok := digits(h.Get("Content-Length"))
+func (h *Head) framing(bodiless bool) (length int64, err error) {
+	var lengths, codings []string
+	for _, f := range h.Fields {
+		if isOneOf(f.Name, "Content-Length") {
+			lengths = append(lengths, f.Value)
+		} else if isOneOf(f.Name, "Transfer-Encoding") {
+			codings = append(codings, strings.ToLower(f.Value))
+		}
+	}
+	ok, coding := len(lengths) == 0, strings.Join(codings, ", ")
+	if len(lengths) == 1 {
+		length, ok = digits(lengths[0])
+		ok = ok && length < math.MaxInt64
+	}
 	switch {
-	case len(lengths) > 1, len(lengths) == 1 && (!ok || length == math.MaxInt64),
-		coding != "" && (len(lengths) > 0 || h.old()):
+	case !ok, len(codings) > 0 && (len(lengths) > 0 || h.old()):
 		return 0, refuse(400, "Content-Length %.40q with Transfer-Encoding %.40q", lengths, coding)
-	case coding != "" && coding != "chunked" && (h.Status == 0 || !isToken(coding) ||
+	case len(codings) > 0 && coding != "chunked" && (h.Status == 0 || !isToken(coding) ||
 		strings.Contains(coding, "chunk") || isOneOf(coding, "gzip", "deflate", "compress", "identity")):
 		return 0, refuse(501, "transfer coding %.40q is not supported, only chunked", coding)
-	case bodiless || coding == "" && len(lengths) == 0 && h.Status == 0:
+	case bodiless:
 		return 0, nil
 	case coding == "chunked":
 		return chunked, nil
-	case len(lengths) == 0:
+	case len(lengths) == 0 && h.Status != 0:
 		return untilClose, nil
 	}
 	return length, nil
@@ -284,11 +299,12 @@ func (b *body) nextChunk() error {
 	size, _, _ := strings.Cut(line, ";")
 	n, err := strconv.ParseUint(strings.TrimRight(size, " \t"), 16, 60) // some servers pad it
 	b.excess += len(line) - 16
-	l.check(err == nil && b.excess < 16<<10, 400, "malformed chunk size or too many extensions: %.40q", line)
+	l.check(err == nil && len(size) < 20 && b.excess < 16<<10, 400, "malformed chunk size or too many extensions: %.40q", line)
 	b.excess, b.left, b.begun = max(0, b.excess-int(min(n, 1<<20))), int64(n), true
-	if n == 0 && l.err == nil {
-		b.kind = 0
-		new(Head).readFields(&l)
+	if n == 0 {
+		if new(Head).readFields(&l); l.err == nil {
+			b.kind = 0
+		}
 	}
 	return l.err
 }
