@@ -16,13 +16,12 @@ import (
 	"fmt"
 	"io"
 	"log"
-	"math"
 	"mime"
 	"net"
 	"net/netip"
 	"os"
 	"os/signal"
-	"path"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -48,191 +47,198 @@ var (
 	nets    []netip.Prefix                                // blocked
 	active  atomic.Int64                                  // exchanges under way
 	closing atomic.Bool
-	journal = struct { // the access log, and what it counts
+	journal struct { // the access log, and what it counts
 		sync.Mutex
 		*bufio.Writer
 		requests, hits, bytes int64
-	}{Writer: bufio.NewWriterSize(os.Stdout, 64<<10)}
+	}
 )
 
 func main() {
 	log.SetFlags(0)
 	log.SetPrefix("proxy: ")
+	journal.Writer = bufio.NewWriterSize(os.Stdout, 64<<10)
 	address := configure()
-	err := os.MkdirAll(*dir, 0o700)
-	if probe, err2 := os.CreateTemp(*dir, temporary); err2 == nil {
-		os.Remove(probe.Name())
-	} else if err = err2; err != nil {
-		log.Fatalf("cannot use the cache directory: %v", err)
-	}
+	os.MkdirAll(*dir, 0o700)
+	probe, err := os.CreateTemp(*dir, temporary)
+	insist(err == nil, 1, "cannot use the cache directory: %v", err)
+	os.Remove(probe.Name())
 	l, err := net.Listen("tcp", address)
-	if err != nil {
-		log.Fatal(err)
-	}
+	insist(err == nil, 1, "%v", err)
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
 	log.Printf("listening on %s, cache in %s", l.Addr(), *dir)
-	go accept(l)
 	go cache.trim()
-	for end := time.Now().Add(math.MaxInt64); !closing.Load() || active.Load() > 0 && time.Now().Before(end); {
+	go func() {
+		for !closing.Load() {
+			if nc, err := l.Accept(); err == nil {
+				go client(newConn(nc))
+			} else { // e.g., too many open files
+				log.Print(err)
+				time.Sleep(100 * time.Millisecond)
+			}
+		}
+	}()
+	for end := time.Now(); !closing.Load() || active.Load() > 0 && time.Now().Before(end); totals() {
 		select {
 		case <-stop: // exchanges under way have ten seconds more
 			closing.Store(true)
 			end = time.Now().Add(10 * time.Second)
 			l.Close()
 		case <-time.After(100 * time.Millisecond):
-			journal.Lock()
-			journal.Flush()
-			journal.Unlock()
 		}
 	}
+	log.Print(totals())
+}
+
+// totals writes the log out, and returns what it counts.
+func totals() string {
+	journal.Lock()
+	defer journal.Unlock()
 	journal.Flush()
-	log.Printf("%d requests, %d from the cache, %d bytes", journal.requests, journal.hits, journal.bytes)
+	return fmt.Sprintf("%d requests, %d hits, %d bytes", journal.requests, journal.hits, journal.bytes)
+}
+
+// insist ends the program where something is not ok, with status 2 if the command line is to blame.
+func insist(ok bool, status int, format string, args ...any) {
+	if !ok {
+		log.Printf(format+choose(status == 2, "; proxy -h tells more", ""), args...)
+		os.Exit(status)
+	}
 }
 
 // configure reads the command line, and returns the address to listen on.
 func configure() (address string) {
-	usage := func(ok bool, format string, args ...any) {
-		if !ok {
-			log.Printf(format+"; proxy -h tells more", args...)
-			os.Exit(2)
-		}
-	}
+	help := new(strings.Builder)
 	flag.CommandLine.Init("proxy", flag.ContinueOnError)
-	flag.CommandLine.SetOutput(io.Discard)
+	flag.CommandLine.SetOutput(help)
+	flag.Usage = flag.PrintDefaults
 	err := flag.CommandLine.Parse(os.Args[1:])
 	for ; err == nil && flag.NArg() > 0; err = flag.CommandLine.Parse(flag.Args()[1:]) {
-		usage(address == "", "two addresses, %s and %s", address, flag.Arg(0))
+		insist(address == "", 2, "two addresses, %s and %s", address, flag.Arg(0))
 		address = flag.Arg(0)
 	}
-	if errors.Is(err, flag.ErrHelp) {
-		flag.CommandLine.SetOutput(os.Stderr)
-		fmt.Fprintln(os.Stderr, "usage: proxy [flags] [port | host:port]")
-		flag.PrintDefaults()
-		os.Exit(0)
-	}
-	usage(err == nil, "%v", err)
-	if address = cmp.Or(address, "8899"); strings.Trim(address, "0123456789") == "" {
-		address = "127.0.0.1:" + address
-	}
+	insist(!errors.Is(err, flag.ErrHelp), 0, "usage: proxy [flags] [port | host:port]\n%s", help)
+	insist(err == nil, 2, "%v", err)
+	address = cmp.Or(address, "8899")
+	address = choose(strings.Trim(address, "0123456789") == "", "127.0.0.1:", "") + address
 	_, port, err := net.SplitHostPort(address)
 	n, ok := digits(port)
-	usage(err == nil && ok && n < 65536, "%q is neither a port nor host:port", address)
+	insist(err == nil && ok && n < 65536, 2, "%q is neither a port nor host:port", address)
 	number := strings.TrimRight(strings.ToUpper(*size), "KMGT")
-	power := strings.Index(" KMGT", strings.ToUpper(*size)[len(number):])
-	limit, ok := digits(number)
-	usage(ok && power >= 0 && limit <= math.MaxInt64>>(10*power), "-size %s is no number of bytes", *size)
-	usage(*uses > 0 && *ttl >= 0, "-uses %d or -ttl %v makes no sense", *uses, *ttl)
-	cache.dir, cache.limit, cache.ttl, cache.uses = *dir, limit<<(10*power), int64(ttl.Seconds()), *uses
+	shift := 10 * strings.Index(" KMGT", strings.ToUpper(*size)[len(number):])
+	n, ok = digits(number)
+	insist(ok && shift >= 0 && n<<shift>>shift == n, 2, "-size %s is no number of bytes", *size)
+	insist(*uses > 0 && *ttl >= 0, 2, "-uses %d or -ttl %v makes no sense", *uses, *ttl)
+	cache.dir, cache.limit, cache.ttl, cache.uses = *dir, n<<shift, int64(ttl.Seconds()), *uses
 	for _, text := range []*string{block, auth} {
 		if file, ok := strings.CutPrefix(*text, "@"); ok {
 			b, err := os.ReadFile(file)
-			usage(err == nil, "%v", err)
+			insist(err == nil, 2, "%v", err)
 			*text = strings.TrimSpace(string(b))
 		}
 	}
 	for _, entry := range strings.FieldsFunc(*block, func(c rune) bool { return c <= ' ' || c == ',' }) {
-		ip, err := netip.ParseAddr(strings.Trim(entry, "[]"))
-		prefix, err2 := netip.ParsePrefix(entry)
+		prefix, err := netip.ParsePrefix(entry)
+		ip, err2 := netip.ParseAddr(strings.Trim(entry, "[]"))
 		host, err3 := authority(strings.Trim(entry, "."))
-		if err == nil {
-			prefix, err2 = netip.PrefixFrom(ip.Unmap(), ip.Unmap().BitLen()), nil
+		if err == nil && prefix.Addr().Is4In6() && prefix.Bits() >= 96 {
+			prefix = netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-96)
 		}
-		if err2 == nil {
-			nets = append(nets, prefix)
+		if err == nil || err2 == nil {
+			nets = append(nets, choose(err == nil, prefix, netip.PrefixFrom(ip.Unmap(), ip.Unmap().BitLen())))
 			continue
 		}
-		usage(err3 == nil && !strings.Contains(entry, ":"), "-block: %q is no host, address or CIDR", entry)
+		insist(err3 == nil && !strings.Contains(entry, ":"), 2, "-block: %q is no host or CIDR", entry)
 		domains = append(domains, strings.TrimSuffix(host, ":80"))
 	}
 	return address
 }
 
-func accept(l net.Listener) {
-	for !closing.Load() {
-		nc, err := l.Accept()
-		if err != nil { // e.g., too many open files
-			log.Print(err)
-			time.Sleep(100 * time.Millisecond)
-			continue
-		}
-		go client(newConn(nc))
-	}
-}
-
 // client answers the requests of one connection, one after another.
 func client(c *Conn) {
 	defer c.Close()
-	for req := new(Head); !closing.Load(); {
+	for req, keep := new(Head), true; keep && !closing.Load(); {
 		err := c.readHead(req, false)
 		if e := (*Error)(nil); err != nil && !errors.As(err, &e) {
 			return // e.g., it has been closed
 		}
 		active.Add(1)
 		x := &exchange{c: c, req: req, upload: &body{}, start: now(), code: "NONE", peer: "HIER_NONE/-"}
-		x.run(err)
-		if active.Add(-1); !x.keep {
-			// Closed at once, with bytes unread, it would be reset, and the answer lost (RFC 9112 §9.6).
-			c.Conn.(*net.TCPConn).CloseWrite()
-			c.SetDeadline(time.Now().Add(2 * time.Second))
-			io.Copy(io.Discard, io.LimitReader(c.Conn, 1<<20))
-			return
+		if r := x.try(func() *Response { orFail(err); return x.answer() }); r != nil {
+			if x.send(r) != nil {
+				x.code, x.keep = x.code+"_ABORTED", false
+			}
+			r.Close()
 		}
+		x.log()
+		keep = x.keep
+		active.Add(-1)
 	}
+	// Closed at once, with bytes unread, it would be reset, and the answer lost (RFC 9112 §9.6).
+	c.Conn.(*net.TCPConn).CloseWrite()
+	c.SetDeadline(time.Now().Add(2 * time.Second))
+	io.Copy(io.Discard, io.LimitReader(c.Conn, 1<<20))
 }
 
-// An exchange is a request and its answer.
+// An exchange is a request and its answer. It asks origin, host:port, for path; url, both without a scheme,
+// is the key in the cache, generation that of what is stored there. The outcome is code and peer in the words
+// of Squid's log, why in those of Cache-Status; the answer was sent bytes of a kind.
 type exchange struct {
-	c          *Conn // nil where nobody waits for the answer
-	req        *Head
-	upload     *body // the request's
-	start      time.Time
-	us, origin string // host:port in Host, and that is asked
-	path, url  string // what is asked for; url, without its scheme, is the key in the cache
-	generation string // of what is stored for the URL
-	direct     bool   // we are asked as a server
-	keep       bool   // the connection is good for another request
-	code, peer string // the outcome and who was asked, in the words of Squid's log
-	why        string // the outcome in those of Cache-Status
-	status     int    // of the answer, and how many bytes of what type were sent
-	sent       int64
-	kind       string
+	c                                                    *Conn // nil where nobody waits for the answer
+	req                                                  *Head
+	upload                                               *body // the request's
+	start                                                time.Time
+	origin, path, url, generation, code, peer, why, kind string
+	keep                                                 bool // the connection is good for another request
+	status                                               int
+	sent                                                 int64
 }
 
-// run makes the answer, be it what went wrong on the way, sends and logs it.
-func (x *exchange) run(err error) {
-	r := (*Response)(nil)
-	if err == nil {
-		r, err = x.answer()
+// A failure ends an exchange: must and orFail panic with it, try makes an answer of it.
+type failure struct{ error }
+
+func orFail(err error) {
+	if err != nil {
+		panic(failure{err})
 	}
-	if e := (&Error{Status: 502}); err != nil {
-		if !errors.As(err, &e) {
-			e.Text = err.Error()
+}
+func must(ok bool, status int, format string, args ...any) {
+	if !ok {
+		orFail(refuse(status, format, args...))
+	}
+}
+
+func (x *exchange) try(step func() *Response) (r *Response) {
+	defer func() {
+		switch f := recover().(type) {
+		case nil:
+		case failure:
+			e := &Error{502, f.Error()}
+			errors.As(f.error, &e)
+			x.code = choose(slices.Contains([]int{401, 403, 407}, e.Status), "TCP_DENIED", x.code)
+			x.why, r = "", page(e.Status, "text/plain; charset=utf-8", e.Text+"\n")
+		default:
+			panic(f)
 		}
-		x.why, x.keep = "", x.keep && !slices.Contains([]int{400, 408, 414, 431, 501, 505}, e.Status)
-		r = page(e.Status, "text/plain; charset=utf-8", e.Text+"\n")
-	}
-	if r != nil {
-		if x.send(r) != nil {
-			x.code, x.keep = x.code+"_ABORTED", false
-		}
-		r.Close()
-	}
-	x.log()
+	}()
+	return step()
 }
 
 // page is an answer made here.
 func page(status int, kind, text string) *Response {
-	h := &Head{[3]string{"HTTP/1.1", strconv.Itoa(status), reasons[status]}, status, []Field{{"Content-Type", kind}}}
-	if challenge := map[int]string{401: "WWW-Authenticate", 407: "Proxy-Authenticate"}[status]; challenge != "" {
-		h.Set(challenge, `Basic realm="proxy"`)
-	}
-	return &Response{Head: h, ReadCloser: content{strings.NewReader(text)}, size: int64(len(text))}
+	line := [3]string{"HTTP/1.1", strconv.Itoa(status), reasons[status]}
+	h := &Head{line, status, []Field{{"Content-Type", kind}}}
+	h.setIf(status == 401, "WWW-Authenticate", `Basic realm="proxy"`)
+	h.setIf(status == 407, "Proxy-Authenticate", `Basic realm="proxy"`)
+	return &Response{Head: h, ReadCloser: io.NopCloser(strings.NewReader(text)), size: int64(len(text))}
 }
 
-type content struct{ *strings.Reader }
-
-func (content) Close() error { return nil }
+func (h *Head) setIf(ok bool, name, value string) {
+	if ok {
+		h.Set(name, value)
+	}
+}
 
 var reasons = map[int]string{200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request",
 	401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 407: "Proxy Authentication Required",
@@ -247,271 +253,249 @@ var reasons = map[int]string{200: "OK", 206: "Partial Content", 304: "Not Modifi
 //  4. asked as a server: a page, a file, or /host/path
 //  5. what is stored answers, or a download under way
 //  6. else the origin does
-func (x *exchange) answer() (*Response, error) {
-	req, method := x.req, x.req.Line[0]
+func (x *exchange) answer() *Response {
+	req, method, expect := x.req, x.req.Line[0], x.req.Get("Expect")
 	kind, err := req.framing(false)
-	x.upload, x.keep = newBody(x.c, kind), req.keepAlive()
-	for _, step := range []func() error{x.target, x.permit, x.permitOrigin} {
-		if err == nil {
-			err = step()
-		}
-	}
-	if err != nil {
-		return nil, err
-	}
+	orFail(err)
+	x.target()
+	// The connection is closed after what fails above, and after a CONNECT whatever comes of it.
+	x.upload, x.keep = newBody(x.c, kind), req.keepAlive() && method != "CONNECT"
+	x.permit()
+	orFail(control("", x.origin, nil))
 	if method == "CONNECT" {
-		return nil, x.tunnel()
+		return x.tunnel()
 	}
-	hops, limited := digits(req.Get("Max-Forwards"))
-	limited = limited && (method == "TRACE" || method == "OPTIONS") // RFC 9110 §7.6.2
-	expect := req.Get("Expect")
-	switch {
-	case slices.ContainsFunc(req.list("Via"), func(via string) bool { return strings.HasSuffix(via, " "+name) }):
-		return nil, refuse(508, "this request has been here before")
-	case expect != "" && !strings.EqualFold(expect, "100-continue"):
-		return nil, refuse(417, "expectation %.200q is not supported", expect)
-	case kind == chunked && expect == "": // with a bad first chunk nothing at all is sent on
-		if err := x.upload.nextChunk(); err != nil {
-			return nil, err
-		}
-	case limited && hops == 0 && method == "OPTIONS":
-		return page(200, "text/plain", ""), nil
-	case limited && hops == 0:
-		req.Del("Authorization", "Cookie", "Proxy-Authorization")
-		return page(200, "message/http", string(req.appendTo(nil))), nil
-	case limited:
+	again := func(via string) bool { return strings.HasSuffix(via, " "+name) }
+	must(!slices.ContainsFunc(req.list("Via"), again), 508, "this request has been here before")
+	must(expect == "" || strings.EqualFold(expect, "100-continue"), 417, "no support of %.200q", expect)
+	if kind == chunked && expect == "" { // with a bad first chunk nothing at all is sent on
+		orFail(x.upload.nextChunk())
+	}
+	switch hops, limited := digits(req.Get("Max-Forwards")); { // RFC 9110 §7.6.2
+	case !limited || method != "TRACE" && method != "OPTIONS":
+	case hops > 0:
 		req.Set("Max-Forwards", strconv.FormatInt(hops-1, 10))
+	case method == "TRACE":
+		req.Del("Authorization", "Cookie", "Proxy-Authorization")
+		return page(200, "message/http", string(req.appendTo(nil)))
+	default:
+		return page(200, "text/plain", "")
 	}
-	if req.endToEnd(); x.direct {
-		if r, err := x.local(); r != nil || err != nil {
-			return r, err
-		}
+	req.endToEnd()
+	if r := x.local(); r != nil {
+		return r
 	}
 	x.code = "TCP_MISS"
-	if method != "GET" && method != "HEAD" {
-		return x.fetch(nil, nil, "method")
-	} else if kind != 0 || req.Get("If-Match") != "" || req.Get("If-Unmodified-Since") != "" {
-		return x.fetch(nil, nil, "bypass")
+	known := method == "GET" || method == "HEAD"
+	if !known || kind != 0 || cmp.Or(req.Get("If-Match"), req.Get("If-Unmodified-Since")) != "" {
+		return x.fetch(nil, nil, choose(known, "bypass", "method"))
 	}
 	return x.cached()
 }
 
 // target reads what is asked for from the request target, in its four forms, and Host (RFC 9112 §3.2).
-func (x *exchange) target() (err error) {
-	hosts, target := x.req.list("Host"), x.req.Line[1]
-	if len(hosts) > 1 || len(hosts) == 0 && !x.req.old() {
-		return refuse(400, "%d hosts in Host, there must be one", len(hosts))
-	} else if len(hosts) == 1 {
-		x.us, err = authority(hosts[0])
-	}
+func (x *exchange) target() {
+	host, target := strings.Join(x.req.list("Host"), ", "), x.req.Line[1]
+	_, err := authority(host)
+	must(err == nil || host == "" && x.req.old(), 400, "Host must name one host, not %.200q", host)
 	switch {
-	case err != nil:
-		return err
 	case x.req.Line[0] == "CONNECT":
-		if x.origin, err = authority(target); err == nil && !strings.HasSuffix(target, ":"+portOf(x.origin)) {
-			err = refuse(400, "%.200q has no port", target)
-		}
-		return err
+		x.origin, err = authority(target)
+		must(err == nil && strings.HasSuffix(target, ":"+portOf(x.origin)), 400, "%.200q has no port", target)
 	case target[0] == '/' || target == "*" && x.req.Line[0] == "OPTIONS":
-		x.path, x.direct = target, true
-		return nil
-	case len(target) > 7 && strings.EqualFold(target[:7], "http://") && !strings.Contains(target, "#"):
-		return x.setURL(target[7:])
+		x.path = target
+	default:
+		ok := len(target) > 7 && strings.EqualFold(target[:7], "http://") && !strings.Contains(target, "#")
+		must(ok && x.setURL(target[7:]) == nil, 400, "%.200q is not a http:// URL", target)
 	}
-	return refuse(400, "%.200q is not a http:// URL", target)
 }
 
 // setURL takes a URL without its scheme apart.
 func (x *exchange) setURL(url string) (err error) {
-	end := min(len(url), strings.IndexAny(url+"/", "/?"))
+	end := strings.IndexAny(url+"/", "/?")
 	x.origin, err = authority(url[:end])
-	if x.path = url[end:]; x.path == "" && x.req.Line[0] == "OPTIONS" {
-		x.path = "*"
-	} else if !strings.HasPrefix(x.path, "/") {
-		x.path = "/" + x.path
+	if x.path = url[end:]; !strings.HasPrefix(x.path, "/") {
+		x.path = choose(x.path == "" && x.req.Line[0] == "OPTIONS", "*", "/"+x.path)
 	}
-	x.url = strings.TrimSuffix(x.origin, ":80") + x.path
+	x.url = x.host() + x.path
 	return err
 }
 
+// host is the origin as Host and the cache have it; direct tells whether we are asked as a server.
+func (x *exchange) host() string   { return strings.TrimSuffix(x.origin, ":80") }
+func (x *exchange) direct() bool   { return strings.IndexAny(x.req.Line[1], "/*") == 0 }
+func portOf(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
+func hostOf(address string) string { host, _, _ := net.SplitHostPort(address); return host }
+
 // permit decides who may ask.
-func (x *exchange) permit() error {
-	field, status, client := "Proxy-Authorization", 407, x.c.RemoteAddr().String()
-	if x.direct {
-		field, status = "Authorization", 401
-	}
-	scheme, token, _ := strings.Cut(x.req.Get(field), " ")
-	want := base64.StdEncoding.EncodeToString([]byte(*auth))
-	known := strings.EqualFold(scheme, "Basic") && subtle.ConstantTimeCompare([]byte(token), []byte(want)) == 1
-	switch x.code = "TCP_DENIED"; {
-	case blocked(client):
-		return refuse(403, "clients at %s are refused", client)
-	case *auth != "" && !known && x.path != "/proxy.pac":
-		return refuse(status, "credentials are needed")
-	case *auth != "":
+func (x *exchange) permit() {
+	field, client := choose(x.direct(), "Authorization", "Proxy-Authorization"), x.c.RemoteAddr().String()
+	must(!blocked(client), 403, "clients at %s are refused", client)
+	if *auth != "" && x.req.Line[1] != "/proxy.pac" {
+		scheme, token, _ := strings.Cut(x.req.Get(field), " ")
+		want := base64.StdEncoding.EncodeToString([]byte(*auth))
+		same := subtle.ConstantTimeCompare([]byte(token), []byte(want)) == 1
+		status := choose(x.direct(), 401, 407)
+		must(same && strings.EqualFold(scheme, "Basic"), status, "credentials are needed")
 		x.req.Del(field) // it was for us
 	}
-	x.code = "NONE"
-	return nil
 }
 
-// permitOrigin decides whether an origin may be asked for. Where addresses are blocked its name is looked up,
-// so that this counts for what is stored too; what is dialed in the end goes past control.
-func (x *exchange) permitOrigin() error {
-	refused := blocked(x.origin)
-	if host := hostOf(x.origin); !refused && len(nets) > 0 && host != "" {
-		addresses, err := net.LookupHost(host)
-		refused = err == nil && !slices.ContainsFunc(addresses, func(a string) bool { return !blocked(a) })
-	}
-	if refused {
-		x.code = "TCP_DENIED"
-		return refuse(403, "%s is blocked", x.origin)
-	}
-	return nil
-}
-
-// control refuses to connect to a blocked address, whatever name led there.
+// control refuses a blocked origin: before anything is asked, and by the address that is dialed in the end,
+// whatever name led there.
 func control(_, address string, _ syscall.RawConn) error {
-	if blocked(address) {
-		return refuse(403, "%s is blocked", address)
-	}
-	return nil
+	return choose[error](blocked(address), &Error{403, address + " is blocked"}, nil)
 }
 
-// blocked tells whether a host, a name or an address, with a port or without, is on the list.
-func blocked(host string) bool {
-	host = strings.TrimRight(hostOf(host), ".")
+// blocked tells whether a host:port is on the list. Where that has addresses names are looked up, so that it
+// counts for what is stored too. The unspecified address would lead to this machine.
+func blocked(address string) bool {
+	host := strings.TrimRight(hostOf(address), ".")
 	if ip, err := netip.ParseAddr(host); err == nil {
-		return slices.ContainsFunc(nets, func(n netip.Prefix) bool { return n.Contains(ip.Unmap().WithZone("")) })
+		ip = ip.Unmap().WithZone("")
+		within := func(n netip.Prefix) bool { return n.Contains(ip) }
+		return ip.IsUnspecified() || slices.ContainsFunc(nets, within)
 	}
-	return slices.ContainsFunc(domains, func(d string) bool { return strings.HasSuffix("."+host, "."+d) })
-}
-
-func hostOf(address string) string {
-	if host, _, err := net.SplitHostPort(address); err == nil {
-		return host
+	listed := slices.ContainsFunc(domains, func(d string) bool { return strings.HasSuffix("."+host, "."+d) })
+	if listed || len(nets) == 0 {
+		return listed
 	}
-	return address
+	ips, err := net.LookupHost(hostOf(address))
+	return err == nil && !slices.ContainsFunc(ips, func(ip string) bool { return !blocked("[" + ip + "]:0") })
 }
-
-func portOf(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
 
 // local answers a request to the proxy itself, or turns it into one to the origin that its path begins with.
 // Only if Host names us: else a page elsewhere could read answers that are meant for this machine, under a
 // name of its own that leads here (DNS rebinding).
-func (x *exchange) local() (*Response, error) {
-	host, ours := hostOf(x.us), x.c.LocalAddr().String()
-	ip, _ := netip.ParseAddr(host)
-	if portOf(x.us) != portOf(ours) || host != "localhost" && !ip.IsLoopback() && host != hostOf(ours) {
-		return nil, refuse(403, "%q is not this proxy", x.us)
+func (x *exchange) local() *Response {
+	if !x.direct() {
+		return nil
 	}
-	switch name, _, _ := strings.Cut(x.path, "?"); name {
-	case "*":
-		return page(200, "text/plain", ""), nil
+	ours, hosts := x.c.LocalAddr().String(), strings.Join(x.req.list("Host"), ", ")
+	us, _ := authority(hosts)
+	ip, _ := netip.ParseAddr(hostOf(us))
+	named := hostOf(us) == "localhost" || ip.IsLoopback() || hostOf(us) == hostOf(ours)
+	must(named && portOf(us) == portOf(ours), 403, "%q is not this proxy", us)
+	name, _, _ := strings.Cut(x.path, "?")
+	if name == "*" {
+		return page(200, "text/plain", "")
+	}
+	name = choose(isOneOf(x.req.Line[0], "GET", "HEAD"), name, "") // nothing here can be changed
+	switch name {
 	case "/":
-		return page(200, "text/html", fmt.Sprintf("<!DOCTYPE html><title>proxy</title><p>%d requests, %d hits, %d bytes",
-			journal.requests, journal.hits, journal.bytes)), nil
+		return page(200, "text/html", "<!DOCTYPE html><title>proxy</title><p>"+totals())
 	case "/proxy.pac":
 		return page(200, "application/x-ns-proxy-autoconfig",
-			fmt.Sprintf("function FindProxyForURL(url, host) { return \"PROXY %s\"; }\n", x.us)), nil
-	default:
-		if r := x.file(name); r != nil {
-			return r, nil
-		}
+			fmt.Sprintf("function FindProxyForURL(url, host) { return \"PROXY %s\"; }\n", us))
 	}
-	if x.setURL(x.path[1:]) != nil {
-		return nil, refuse(404, "neither a file nor a host: %s", x.path)
+	r := (*Response)(nil)
+	if name != "" {
+		r = x.file(name)
 	}
-	return nil, x.permitOrigin()
+	must(r != nil || x.setURL(x.path[1:]) == nil, 404, "neither a file nor a host: %s", x.path)
+	orFail(control("", x.origin, nil))
+	return r
 }
 
 // file answers with a file, to this machine only, and with none that is hidden.
 func (x *exchange) file(name string) *Response {
-	name, err := strconv.Unquote(`"` + strings.ReplaceAll(name, "%", `\x`) + `"`)
+	escaped := strings.NewReplacer(`\`, `"`, "%", `\x`).Replace(name) // %20 as \x20; a backslash is no escape
+	name, err := strconv.Unquote(`"` + escaped + `"`)
 	client := netip.MustParseAddrPort(x.c.RemoteAddr().String()).Addr()
-	if err != nil || *files == "" || !client.Unmap().IsLoopback() || strings.Contains(name, "/.") {
-		return nil
-	}
-	root, err := os.OpenRoot(*files)
-	if err != nil {
-		return nil
-	}
-	defer root.Close()
-	f, err := root.Open(name[1:])
-	if err != nil {
-		return nil
-	}
-	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() {
+	local, path := client.Unmap().IsLoopback() && *files != "", filepath.Join(*files, name)
+	inCache := strings.HasPrefix(path, filepath.Clean(*dir)+"/")
+	hidden := inCache || strings.Contains(name, "/.")
+	info, err2 := os.Stat(path)
+	if err == nil && local && !hidden && err2 == nil && info.Mode().IsRegular() { // a pipe would hold us up
+		f, _ := os.OpenInRoot(*files, name[1:])
+		if info, err := f.Stat(); err == nil {
+			kind := mime.TypeByExtension("." + name[strings.LastIndexByte(name, '.')+1:])
+			r := page(200, cmp.Or(kind, "application/octet-stream"), "")
+			r.Set("Last-Modified", info.ModTime().UTC().Format(dateFormat))
+			r.ReadCloser, r.size = f, info.Size()
+			return r
+		}
 		f.Close()
-		return nil
 	}
-	r := page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
-	r.Set("Last-Modified", info.ModTime().UTC().Format(dateFormat))
-	r.ReadCloser, r.size = f, info.Size()
-	return r
+	return nil
 }
 
 // cached answers from the store where it may (RFC 9111 §4) or from a download under way; else it asks.
-func (x *exchange) cached() (*Response, error) {
+func (x *exchange) cached() *Response {
 	r, key, generation := cache.lookup(x.url, x.req)
-	x.generation = generation
+	why, behind := choose(key == x.url, "uri-miss", "vary-miss"), false
+	if r != nil {
+		why, behind = r.judge(x.req)
+	}
+	if behind {
+		y := &exchange{req: x.req.Clone(), upload: &body{}, origin: x.origin, path: x.path, url: x.url}
+		go y.refresh(key)
+	}
+	if why == "" {
+		return x.hit(r)
+	}
+	must(!x.req.is("only-if-cached"), 504, "%s is not in the cache", x.url)
+	if x.generation = generation; x.req.Line[0] == "HEAD" || r == nil && !cache.due(x.url) {
+		return x.fetch(r, nil, why)
+	}
 	for {
-		why, behind := "uri-miss", false
-		if r != nil {
-			why, behind = r.judge(x.req)
-		} else if key != x.url {
-			why = "vary-miss"
-		}
-		if behind {
-			go (&exchange{req: x.req.Clone(), upload: &body{}, origin: x.origin, path: x.path, url: x.url}).refresh(key)
-		}
-		switch {
-		case why == "":
-			x.code, x.why = "TCP_HIT", fmt.Sprintf("hit; ttl=%d", r.born+r.life-now().Unix())
-			return r, nil
-		case x.req.is("only-if-cached"):
-			return nil, refuse(504, "%s is not in the cache", x.url)
-		case x.req.Line[0] == "HEAD" || r == nil && !cache.due(x.url):
-			return x.fetch(r, nil, why)
-		}
 		d, leads := cache.join(key)
 		if leads {
+			latest, at, _ := cache.lookup(x.url, x.req) // it may have been stored since
+			if latest != nil && at == key && why != "request" {
+				if not, _ := latest.judge(x.req); not == "" {
+					cache.drop(d)
+					d.answer().Close()
+					return x.hit(latest)
+				}
+				latest.Close()
+			}
 			return x.fetch(r, d, why)
 		}
 		<-d.ready
-		joined := d.answer()
-		same := d.shared && joined.selectedBy(x.req)
-		if d.shared && !same { // it varies, as is known only now
+		joined, not := d.answer(), "not shared"
+		varies := d.shared && !joined.selectedBy(x.req) // as is known only now
+		if varies {
 			key, x.generation = joined.variant(x.url, x.req), joined.generation()
-			joined.Close()
-			continue
+			why = choose(r == nil, "vary-miss", why)
+		} else if d.shared {
+			not, _ = joined.judge(x.req)
 		}
-		if same {
-			if not, _ := joined.judge(x.req); not == "" {
-				x.code, x.why = "TCP_HIT", "fwd="+why+"; collapsed"
-				return joined, nil
-			}
+		if not == "" {
+			x.code, x.why = "TCP_HIT", "fwd="+why+"; collapsed"
+			return joined
+		} else if joined.Close(); !varies {
+			return x.fetch(r, nil, why)
 		}
-		joined.Close()
-		return x.fetch(r, nil, why)
 	}
+}
+
+func (x *exchange) hit(r *Response) *Response {
+	x.code, x.why = "TCP_HIT", fmt.Sprintf("hit; ttl=%d", r.born+r.life-now().Unix())
+	return r
 }
 
 // refresh validates behind its back what has just been served stale, once however many ask.
 func (x *exchange) refresh(key string) {
 	d, leads := cache.join(key)
 	if !leads {
+		<-d.ready
 		d.answer().Close()
 		return
 	}
+	x.req.Line[0] = "GET" // though it was HEAD
 	x.req.Del("If-None-Match", "If-Modified-Since", "Range", "If-Range")
 	stored, _, generation := cache.lookup(x.url, x.req)
 	x.generation = generation
-	if r, err := x.fetch(stored, d, "stale"); err == nil {
-		io.Copy(io.Discard, r)
-		r.Close()
+	if stored != nil && stored.born+stored.life > now().Unix() { // another has just done it
+		stored.Close()
+		cache.drop(d)
+		d.answer().Close()
+		return
 	}
+	r := x.try(func() *Response { return x.fetch(stored, d, "stale") })
+	io.Copy(io.Discard, r)
+	r.Close()
 }
 
 // outgoing is the request as the origin gets it. It asks whether what is stored is still good, in the place
@@ -519,36 +503,26 @@ func (x *exchange) refresh(key string) {
 func (x *exchange) outgoing(stored *Response) (h *Head, validates bool) {
 	h = x.req.Clone()
 	h.Line = [3]string{x.req.Line[0], x.path, "HTTP/1.1"}
-	h.Del("Host", "Content-Length")
-	h.Fields = append(slices.Insert(h.Fields, 0, Field{"Host", strings.TrimSuffix(x.origin, ":80")}), via(x.req))
-	if x.upload.kind == chunked {
-		h.Set("Transfer-Encoding", "chunked")
-	} else if x.upload.kind > 0 || x.req.Get("Content-Length") != "" || x.upload.begun {
-		h.Set("Content-Length", strconv.FormatInt(x.upload.kind, 10))
-	}
+	h.Del("Host")
+	h.Fields = append(slices.Insert(h.Fields, 0, Field{"Host", x.host()}), via(x.req))
+	sized := x.upload.kind >= 0 && (h.Get("Content-Length") != "" || x.upload.begun)
+	h.setIf(x.upload.kind == chunked, "Transfer-Encoding", "chunked")
+	h.setIf(sized, "Content-Length", strconv.FormatInt(x.upload.kind, 10))
 	if stored == nil || h.Line[0] != "GET" || cmp.Or(stored.Get("ETag"), stored.Get("Last-Modified")) == "" {
 		return h, false
 	}
 	h.Del("If-None-Match", "If-Modified-Since")
-	for _, f := range []Field{{"If-None-Match", stored.Get("ETag")}, {"If-Modified-Since", stored.Get("Last-Modified")}} {
-		if f.Value != "" {
-			h.Fields = append(h.Fields, f)
-		}
-	}
+	h.setIf(stored.Get("ETag") != "", "If-None-Match", stored.Get("ETag"))
+	h.setIf(stored.Get("Last-Modified") != "", "If-Modified-Since", stored.Get("Last-Modified"))
 	return h, true
 }
 
 // via is what RFC 9110 §7.6.3 has us say of a message.
-func via(h *Head) Field {
-	if h.old() {
-		return Field{"Via", "1.0 " + name}
-	}
-	return Field{"Via", "1.1 " + name}
-}
+func via(h *Head) Field { return Field{"Via", choose(h.old(), "1.0 ", "1.1 ") + name} }
 
 // fetch asks the origin. With d the answer is stored if it may be. What is stored already is validated, and
 // stands in where the origin fails.
-func (x *exchange) fetch(stored *Response, d *download, why string) (r *Response, err error) {
+func (x *exchange) fetch(stored *Response, d *download, why string) (r *Response) {
 	defer func() {
 		if d != nil && !d.shared {
 			cache.drop(d)
@@ -558,47 +532,42 @@ func (x *exchange) fetch(stored *Response, d *download, why string) (r *Response
 			stored.Close()
 		}
 	}()
-	asked, status := now(), 0
+	asked, status, method := now(), 0, x.req.Line[0]
 	req, validates := x.outgoing(stored)
-	res, b, err := origins.ask(x.origin, req, x.upload, x.interim)
-	x.why = "fwd=" + why
-	if err == nil {
-		status = res.Status
-		x.peer = "HIER_DIRECT/" + hostOf(b.c.RemoteAddr().String())
+	res, b, err := origins.ask(x.origin, req, x.upload, func(interim *Head) {
+		interim.Del("Content-Length")
+		if interim.endToEnd(); x.c != nil && !x.req.old() {
+			x.c.Write(interim.appendTo(nil, via(interim)))
+		}
+	})
+	if x.why = "fwd=" + why; err == nil {
+		status, x.peer = res.Status, "HIER_DIRECT/"+hostOf(b.c.RemoteAddr().String())
 		x.why += fmt.Sprintf("; fwd-status=%d", status)
 	}
-	if (err != nil || status >= 500) && stored.standsIn(x.req, status) {
-		if err == nil {
+	if stored.standsIn(x.req, status) {
+		if x.code = "TCP_REFRESH_FAIL_OLD"; err == nil {
 			b.Close()
 		}
-		x.code = "TCP_REFRESH_FAIL_OLD"
-		return stored, nil
-	} else if err != nil {
-		return nil, x.originError(err)
+		return stored
 	}
-	if res.endToEnd(); httpDate(res.Get("Date")) == 0 {
-		res.Set("Date", now().UTC().Format(dateFormat)) // RFC 9110 §6.6.1
-	}
+	x.reached(err)
+	res.endToEnd()
+	res.setIf(httpDate(res.Get("Date")) == 0, "Date", now().UTC().Format(dateFormat)) // RFC 9110 §6.6.1
 	r = &Response{Head: res, ReadCloser: b, size: max(b.kind, -1)}
-	switch {
-	case validates && status == 304:
+	if x.code = choose(why == "request", "TCP_CLIENT_REFRESH_MISS", x.code); validates && status == 304 {
 		b.Close()
-		r, stored = stored, nil
+		r, stored, x.code = stored, nil, "TCP_REFRESH_UNMODIFIED"
 		r.update(res)
-		x.code = "TCP_REFRESH_UNMODIFIED"
-	case validates:
+	} else if validates {
 		x.code = "TCP_REFRESH_MODIFIED"
-	case why == "request":
-		x.code = "TCP_CLIENT_REFRESH_MISS"
 	}
-	if x.req.Line[0] != "HEAD" && status != 304 {
+	if method != "HEAD" && status != 304 {
 		res.Del("Content-Length")
 	}
-	if !isOneOf(x.req.Line[0], "GET", "HEAD", "OPTIONS", "TRACE") && status < 400 { // RFC 9111 §4.4
-		cache.invalidate(x.url)
-		for _, name := range []string{"Location", "Content-Location"} {
-			if reference := strings.TrimPrefix(res.Get(name), "http://"+strings.TrimSuffix(x.origin, ":80")); strings.HasPrefix(reference, "/") {
-				cache.invalidate(strings.TrimSuffix(x.origin, ":80") + reference)
+	if !isOneOf(method, "GET", "HEAD", "OPTIONS", "TRACE") && status < 400 { // RFC 9111 §4.4
+		for _, reference := range []string{x.path, res.Get("Location"), res.Get("Content-Location")} {
+			if path := strings.TrimPrefix(reference, "http://"+x.host()); strings.HasPrefix(path, "/") {
+				cache.invalidate(x.host() + path)
 			}
 		}
 	}
@@ -607,85 +576,57 @@ func (x *exchange) fetch(stored *Response, d *download, why string) (r *Response
 			x.why += "; stored"
 		}
 	}
-	return r, nil
+	return r
 }
 
-func (x *exchange) interim(h *Head) {
-	if h.endToEnd(); x.c != nil && !x.req.old() {
-		x.c.Write(h.appendTo(nil, via(h)))
-	}
-}
-
-// originError is what a client is told of an origin that failed.
-func (x *exchange) originError(err error) error {
+// reached ends the exchange where err says that the origin failed.
+func (x *exchange) reached(err error) {
 	e, dns, timeout := (*Error)(nil), (*net.DNSError)(nil), net.Error(nil)
-	switch {
-	case errors.As(x.upload.err, &e): // the request's body was malformed
-		return e
-	case errors.As(err, &e) && e.Status == 403:
-		x.code = "TCP_DENIED"
-		return e
-	case x.direct && errors.As(err, &dns) && dns.IsNotFound:
-		return refuse(404, "neither a file nor a host: %s", x.origin)
-	case e != nil && e.Status == 408, errors.As(err, &timeout) && timeout.Timeout():
-		return refuse(504, "%s: %v", x.origin, err)
+	malformed := err != nil && !x.upload.sending.Load() && errors.As(x.upload.err, &e)
+	if malformed || errors.As(err, &e) && e.Status == 403 {
+		orFail(e) // the request's body was malformed, or control refused
 	}
-	return refuse(502, "%s: %v", x.origin, err)
+	unknown := x.direct() && errors.As(err, &dns) && dns.IsNotFound
+	late := e != nil && e.Status == 408 || errors.As(err, &timeout) && timeout.Timeout()
+	must(!unknown, 404, "neither a file nor a host: %s", x.origin)
+	must(err == nil, choose(late, 504, 502), "%s: %v", x.origin, err)
 }
 
 // send writes an answer, as the request's conditions and range have it where that can be.
 func (x *exchange) send(r *Response) error {
 	h, status, off, n := r.Head, r.Status, int64(0), r.size
-	seeker, seeks := r.ReadCloser.(io.Seeker)
+	file, seeks := r.ReadCloser.(io.Seeker)
+	b, live := r.ReadCloser.(*body)
+	_, growing := r.ReadCloser.(*tail)
 	if seeks && status == 200 {
 		if status, off, n = r.span(x.req); r.unchanged(x.req) {
 			status, x.code = 304, strings.Replace(x.code, "TCP_HIT", "TCP_IMS_HIT", 1)
 		}
 		if status != 200 {
-			h = &Head{[3]string{"HTTP/1.1", strconv.Itoa(status), reasons[status]}, status, slices.Clone(h.Fields)}
-		}
-		if status == 206 {
-			h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, r.size))
-		} else if status == 416 {
-			h.Set("Content-Range", fmt.Sprintf("bytes */%d", r.size))
+			h = page(status, "", "").Head
+			h.Fields = slices.Clone(r.Fields)
+			h.setIf(status == 206, "Content-Range", fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, r.size))
+			h.setIf(status == 416, "Content-Range", fmt.Sprintf("bytes */%d", r.size))
 		}
 	}
-	extra := make([]Field, 0, 8)
-	head := x.req.Line[0] == "HEAD"
-	switch {
-	case status == 204 || status == 304 || head && (n < 0 || !seeks): // nothing, or what the origin said
-	case n >= 0:
-		extra = append(extra, Field{"Content-Length", strconv.FormatInt(n, 10)})
-	case x.req.old():
-		x.keep = false
-	default:
-		extra = append(extra, Field{"Transfer-Encoding", "chunked"})
-	}
-	if r.req != nil {
-		extra = append(extra, Field{"Age", strconv.FormatInt(min(max(0, now().Unix()-r.born), math.MaxInt32), 10)})
-	}
-	if x.why != "" {
-		extra = append(extra, via(r.Head), Field{"Cache-Status", "proxy; " + x.why})
-	}
-	if x.keep = x.keep && x.upload.finished() && !closing.Load(); !x.keep {
-		extra = append(extra, Field{"Connection", "close"})
-	} else if x.req.old() {
-		extra = append(extra, Field{"Connection", "keep-alive"})
-	}
-	x.c.out = h.appendTo(x.c.out[:0], extra...)
+	bodiless, head := status == 204 || status == 304, x.req.Line[0] == "HEAD"
+	silent := bodiless || head && (n < 0 || live) // of a length, but for what the origin said
+	x.keep = x.keep && (n >= 0 || silent || !x.req.old()) && x.upload.finished() && !closing.Load()
+	extra := Head{Fields: make([]Field, 0, 8)}
+	extra.setIf(!silent && n >= 0, "Content-Length", strconv.FormatInt(n, 10))
+	extra.setIf(!silent && n < 0 && !x.req.old(), "Transfer-Encoding", "chunked")
+	extra.setIf(r.req != nil, "Age", strconv.FormatInt(min(max(0, now().Unix()-r.born), 1<<31-1), 10))
+	extra.setIf(x.why != "", "Via", via(r.Head).Value)
+	extra.setIf(x.why != "", "Cache-Status", "proxy; "+x.why)
+	extra.setIf(!x.keep || x.req.old(), "Connection", choose(x.keep, "keep-alive", "close"))
+	x.c.out = h.appendTo(x.c.out[:0], extra.Fields...)
 	x.status, x.kind, x.sent = status, h.Get("Content-Type"), int64(len(x.c.out))
-	if head || status == 204 || status == 304 {
-		n = 0
+	if n = choose(bodiless || head, 0, n); seeks && n != 0 {
+		file.Seek(r.off+off, io.SeekStart)
 	}
-	if seeks && n != 0 {
-		seeker.Seek(r.off+off, io.SeekStart)
-	}
-	b, fromOrigin := r.ReadCloser.(*body)
-	_, growing := r.ReadCloser.(*tail)
-	if 0 < n && n <= 16<<10 && !growing && (!fromOrigin || int64(b.c.r.Buffered()) >= n) { // in one piece
-		i := len(x.c.out)
+	if 0 < n && n <= 16<<10 && !growing && (!live || int64(b.c.r.Buffered()) >= n) { // in one piece
 		x.c.out = append(x.c.out, make([]byte, n)...)
-		if _, err := io.ReadFull(r, x.c.out[i:]); err != nil {
+		if _, err := io.ReadFull(r, x.c.out[x.sent:]); err != nil {
 			return err
 		}
 		x.sent, n = x.sent+n, 0
@@ -693,34 +634,33 @@ func (x *exchange) send(r *Response) error {
 	if _, err := x.c.Write(x.c.out); err != nil || n == 0 {
 		return err
 	}
-	if n < 0 && !x.req.old() {
-		m, err := io.Copy(chunkWriter{x.c}, r)
-		if x.sent += m; err == nil {
-			_, err = io.WriteString(x.c, "0\r\n\r\n")
-		}
-		return err
+	return x.sendBody(r, n)
+}
+
+// sendBody sends n bytes or, where that is negative, all, in chunks to those who know them.
+func (x *exchange) sendBody(r *Response, n int64) (err error) {
+	to, end, all := io.Writer(x.c), "", n < 0
+	if _, ok := r.ReadCloser.(*os.File); ok {
+		to = x.c.Conn // from the kernel to the kernel
+	} else if all && !x.req.old() {
+		to, end = chunkWriter{x.c}, "0\r\n\r\n"
 	}
-	if n < 0 {
-		n = math.MaxInt64
-	}
-	for step := int64(1); n > 0 && step > 0; n -= step { // a file goes from the kernel to the kernel
-		var err error
+	for n, step := choose(all, 1<<62, n), int64(0); n > 0 && err == nil; n -= step {
 		x.c.extend()
-		step, err = io.CopyN(x.c.Conn, r.ReadCloser, min(n, 256<<10))
-		if x.sent += step; err != nil && (err != io.EOF || n < 1<<62) {
-			return noEOF(err)
-		}
+		step, err = io.CopyN(to, r.ReadCloser, min(n, 256<<10))
+		x.sent += step
 	}
-	return nil
+	if all && err == io.EOF {
+		_, err = io.WriteString(x.c, end)
+	}
+	return noEOF(err)
 }
 
 // tunnel joins a client and an origin until both have had their say.
-func (x *exchange) tunnel() error {
+func (x *exchange) tunnel() *Response {
 	x.code, x.keep = "TCP_TUNNEL", false
 	nc, err := origins.Dial("tcp", x.origin)
-	if err != nil {
-		return x.originError(err)
-	}
+	x.reached(err)
 	o := newConn(nc)
 	defer o.Close()
 	x.peer, x.status = "HIER_DIRECT/"+hostOf(o.RemoteAddr().String()), 200
@@ -736,48 +676,33 @@ func (x *exchange) tunnel() error {
 
 // pour copies what comes on one connection to another, and then that nothing more comes.
 func pour(to, from *Conn) int64 {
-	ahead, _ := from.r.Peek(from.r.Buffered())
-	to.Write(ahead)
-	n, err := io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, make([]byte, 16<<10))
+	n, err := io.Copy(to, newBody(from, untilClose))
 	if to.Conn.(*net.TCPConn).CloseWrite(); err != nil {
 		to.Conn.Close()
 		from.Conn.Close()
 	}
-	return int64(len(ahead)) + n
+	return n
 }
 
 // log writes a line in Squid's native format, and counts.
 func (x *exchange) log() {
-	url, t := "error:invalid-request", now()
-	if x.req.Line[0] == "CONNECT" {
-		url = x.origin
-	} else if x.url != "" {
-		url = "http://" + x.url
-	} else if x.path != "" {
-		url = x.path
-	}
+	url, t := cmp.Or(choose(x.url == "", x.path, "http://"+x.url), x.origin, "error:invalid-request"), now()
 	kind, _, _ := strings.Cut(x.kind, ";")
 	journal.Lock()
 	defer journal.Unlock()
 	fmt.Fprintf(journal.Writer, "%d.%03d %6d %s %s/%03d %d %s %s - %s %s\n", t.Unix(), t.UnixMilli()%1000,
 		t.Sub(x.start).Milliseconds(), hostOf(x.c.RemoteAddr().String()), x.code, x.status, x.sent,
 		printable(x.req.Line[0]), printable(url), x.peer, printable(kind))
-	journal.requests++
-	journal.bytes += x.sent
-	if strings.Contains(x.code, "HIT") {
-		journal.hits++
-	}
+	journal.requests, journal.bytes = journal.requests+1, journal.bytes+x.sent
+	journal.hits += choose[int64](strings.Contains(x.code, "HIT"), 1, 0)
 }
 
 // printable escapes what could be taken for another field or line of the log.
-func printable(s string) string {
-	b := []byte(nil)
+func printable(s string) (b []byte) {
 	for _, c := range []byte(cmp.Or(s, "-")) {
-		if c <= ' ' || c > '~' || c == '"' {
-			b = fmt.Appendf(b, "%%%02X", c)
-		} else {
-			b = append(b, c)
+		if b = append(b, c); c <= ' ' || c > '~' || c == '"' {
+			b = fmt.Appendf(b[:len(b)-1], "%%%02X", c)
 		}
 	}
-	return string(b)
+	return b
 }

@@ -4,16 +4,11 @@ package main
 
 import (
 	"bufio"
-	"bytes"
-	"cmp"
-	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,163 +25,146 @@ const (
 	headWait   = 30 * time.Second // from a head's first byte to its last, however they trickle
 	stallWait  = 60 * time.Second // for a request, for an idle connection's use, for any progress
 	tunnelWait = 15 * time.Minute // for any progress of a tunnel
+	tchar      = "!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-	chunked, untilClose = -1, -2 // what framing returns besides a length
+	chunked, untilClose, endless = -1, -2, 1<<63 - 1 // what framing returns besides a length; more than any
 )
 
-// An Error is what a client is told where its request cannot be answered.
-type Error struct {
-	Status int
-	Text   string
-}
+var errNoAnswer = fmt.Errorf("closed the connection without an answer") // as an idle one may at any time
 
-func (e *Error) Error() string { return e.Text }
-func refuse(status int, format string, args ...any) error {
-	return &Error{status, fmt.Sprintf(format, args...)}
-}
+type (
+	// An Error is what a client is told where its request cannot be answered.
+	Error struct {
+		Status int
+		Text   string
+	}
+	// A Head is all of a message but its body. Names of fields compare in any case.
+	Head struct {
+		Line   [3]string // method, target, version; or version, status, reason
+		Status int       // of an answer, 0 for a request
+		Fields []Field
+	}
+	Field struct{ Name, Value string }
+	// A lineReader reads the lines of a head, or those about chunks. It takes nothing that another program
+	// could see as the end of a line: that is how requests are smuggled and answers split (RFC 9112 §11).
+	// After an error, which it keeps, all lines are empty.
+	lineReader struct {
+		*bufio.Reader
+		room, lines, status int  // bytes and lines that may still come, and what refuses more
+		strict              bool // a bare LF does not end a line (RFC 9112 §2.2)
+		err                 error
+	}
+	// A body reads what follows a head, decoded.
+	body struct {
+		c           *Conn
+		kind, left  int64       // what framing said, 0 after the last chunk; bytes to come, of it or a chunk
+		excess      int         // bytes of chunk sizes beyond what the data justifies
+		begun, last bool        // a chunk has been read, but for its CR LF; it ends the connection
+		sending     atomic.Bool // the request that has it is being sent
+		err         error       // how that has ended
+	}
+	// A Conn is a connection to a client or an origin on which nothing waits longer than wait.
+	Conn struct {
+		net.Conn
+		r      *bufio.Reader
+		wait   time.Duration
+		renew  atomic.Int64 // Unix nanoseconds when the deadline is to be moved on
+		out    []byte       // what is written next
+		origin string       // where it leads to, host:port
+		upload *body        // of the request it carries
+	}
+	// A chunkWriter writes each piece it is given as one chunk.
+	chunkWriter struct{ c *Conn }
+	// Origins are where requests go: it keeps idle connections to them.
+	Origins struct {
+		net.Dialer
+		sync.Mutex // guards idle
+		idle       []*Conn
+	}
+)
 
-// errNoAnswer: the connection ended before the first byte of an answer, as an idle one may at any time.
-var errNoAnswer = errors.New("closed the connection without an answer")
-
-// A lineReader reads the lines of a head, or those about chunks. It takes nothing that another program could
-// see as the end of a line: that is how requests are smuggled and answers split (RFC 9112 §11). After an
-// error, which it keeps, all lines are empty.
-type lineReader struct {
-	*bufio.Reader
-	room, status int  // bytes that may still come, and what refuses more
-	strict       bool // a bare LF does not end a line (RFC 9112 §2.2)
-	err          error
-}
+func (e *Error) Error() string                       { return e.Text }
+func refuse(status int, f string, args ...any) error { return &Error{status, fmt.Sprintf(f, args...)} }
 
 func (l *lineReader) next() string {
-	var line []byte
-	for more := l.err == nil; more; {
+	line := ""
+	for l.lines--; l.err == nil && l.room >= 0 && !strings.HasSuffix(line, "\n"); {
 		part, err := l.ReadSlice('\n')
-		line, more = append(line, part...), err == bufio.ErrBufferFull && len(line) < l.room
-		if err != nil && !more {
-			l.err = noEOF(err)
-		}
+		line, l.room = line+string(part), l.room-len(part)
+		l.check(!os.IsTimeout(err), 408, "the rest did not come in time", line)
+		l.err = choose(l.err != nil || err == bufio.ErrBufferFull, l.err, noEOF(err))
 	}
-	l.room -= len(line)
-	l.check(l.room >= 0 && l.err != bufio.ErrBufferFull, l.status, "a head or its first line is too long")
-	text, crlf := strings.CutSuffix(string(line), "\r\n")
+	l.check(l.room >= 0 && l.lines >= 0, l.status, "a head or its first line is too long", line)
+	text, crlf := strings.CutSuffix(line, "\r\n")
 	text = strings.TrimSuffix(text, "\n")
 	control := strings.ContainsFunc(text, func(c rune) bool { return c < ' ' && c != '\t' || c == 0x7f })
-	if l.check(!control && (crlf || !l.strict), 400, "control character in %.200q", line); l.err != nil {
-		return ""
-	}
-	return text
+	l.check(!control && (crlf || !l.strict), 400, "control character in", line)
+	return choose(l.err == nil, text, "")
 }
-
-func (l *lineReader) check(ok bool, status int, format string, args ...any) {
-	if !ok && (l.err == nil || l.err == bufio.ErrBufferFull) {
-		l.err = refuse(status, format, args...)
+func (l *lineReader) check(ok bool, status int, what, text string) {
+	if !ok && l.err == nil {
+		l.err = refuse(status, "%s: %.200q", what, text)
 	}
 }
-
-// noEOF makes an end where more was promised an error.
-func noEOF(err error) error {
-	if err == io.EOF {
-		return io.ErrUnexpectedEOF
-	}
-	return err
-}
-
-// A Head is all of a message but its body. Names of fields compare in any case.
-type Head struct {
-	Line   [3]string // method, target, version; or version, status, reason
-	Status int       // of an answer, 0 for a request
-	Fields []Field
-}
-
-type Field struct{ Name, Value string }
-
 func (h *Head) read(r *bufio.Reader, answer bool) error {
-	l := lineReader{Reader: r, room: maxFirst, status: 414}
+	l := lineReader{Reader: r, room: maxFirst, lines: 2, status: 414}
 	line := l.next()
-	if line == "" { // one before a head is let pass (RFC 9112 §2.2)
-		line = l.next()
+	for ; line == "" && l.lines > 0; line = l.next() { // an empty one before it is let pass (RFC 9112 §2.2)
 	}
-	first, rest, _ := strings.Cut(line, " ")
-	second, third, _ := strings.Cut(rest, " ")
-	*h = Head{Line: [3]string{first, second, third}, Fields: h.Fields[:0]}
-	version, valid := third, isToken(first) && second != "" && !strings.Contains(line, "\t")
-	if answer {
-		h.Status, _ = strconv.Atoi(second)
-		version, valid = first, len(second) == 3 && h.Status >= 100
+	*h = Head{Fields: h.Fields[:0]}
+	copy(h.Line[:], strings.SplitN(line, " ", 3))
+	version, valid := h.Line[2], isToken(h.Line[0]) && h.Line[1] != "" && !strings.Contains(line, "\t")
+	if answer { // and not to an Upgrade, as that has not been passed on
+		h.Status, _ = strconv.Atoi(h.Line[1])
+		version, valid = h.Line[0], len(h.Line[1]) == 3 && h.Status >= 100 && h.Status != 101
 	}
-	l.check(valid && strings.HasPrefix(version, "HTTP/"), 400, "malformed first line %.200q", line)
-	l.check(len(version) == 8 && version[5:7] == "1." && version[7]-'0' < 10, 505, "no support of %.20q", version)
-	l.room, l.status = l.room+maxHead-maxFirst, 431
-	h.readFields(&l)
-	return l.err
+	valid = valid && strings.HasPrefix(version, "HTTP/")
+	l.check(valid && len(version) == 8 && "HTTP/1.0" <= version && version <= "HTTP/1.9",
+		choose(valid, 505, 400), "malformed first line, or of an unknown version", line)
+	l.room, l.lines, l.status = l.room+maxHead-maxFirst, maxFields+1, 431
+	return h.readFields(&l)
 }
-
-// readFields reads fields up to the empty line. A line that continues the one before (obs-fold) and space
-// before the colon make no name, so both are refused (RFC 9112 §5).
-func (h *Head) readFields(l *lineReader) {
+func (h *Head) readFields(l *lineReader) error { // up to the empty line
 	for line := l.next(); line != ""; line = l.next() {
 		name, value, colon := strings.Cut(line, ":")
-		l.check(colon && isToken(name), 400, "malformed header field %.200q", line)
-		l.check(len(h.Fields) < maxFields, 431, "more than %d header fields", maxFields)
+		l.check(colon && isToken(name), 400, "malformed header field", line) // as obs-fold is (RFC 9112 §5)
 		h.Fields = append(h.Fields, Field{name, strings.Trim(value, " \t")})
 	}
+	return l.err
 }
-
-// appendTo appends h as it stands on the wire, with the extra fields, up to and with the empty line.
-func (h *Head) appendTo(b []byte, extra ...Field) []byte {
-	line := h.Line
-	if h.Status != 0 {
-		line[0] = "HTTP/1.1" // ours, whatever the origin's
-	}
-	b = append(append(append(append(b, line[0]...), ' '), line[1]...), ' ')
-	b = append(append(b, line[2]...), "\r\n"...)
-	for _, f := range append(h.Fields[:len(h.Fields):len(h.Fields)], extra...) {
+func (h *Head) appendTo(b []byte, extra ...Field) []byte { // an answer's version is always ours
+	b = append(b, choose(h.Status == 0, h.Line[0], "HTTP/1.1")+" "+h.Line[1]+" "+h.Line[2]+"\r\n"...)
+	for _, f := range append(slices.Clip(h.Fields), extra...) {
 		b = append(append(append(append(b, f.Name...), ": "...), f.Value...), "\r\n"...)
 	}
 	return append(b, "\r\n"...)
 }
-
-// Get returns the value of the first field of that name, Del removes those of some names, Set puts one in
-// their place, Clone makes a copy that shares nothing.
-func (h *Head) Get(name string) string {
-	for _, f := range h.Fields {
-		if isOneOf(f.Name, name) {
-			return f.Value
-		}
+func (h *Head) Clone() *Head { return &Head{h.Line, h.Status, slices.Clone(h.Fields)} }
+func (h *Head) Get(name string) string { // the first of that name
+	if i := slices.IndexFunc(h.Fields, func(f Field) bool { return isOneOf(f.Name, name) }); i >= 0 {
+		return h.Fields[i].Value
 	}
 	return ""
 }
-
 func (h *Head) Del(names ...string) {
 	h.Fields = slices.DeleteFunc(h.Fields, func(f Field) bool { return isOneOf(f.Name, names...) })
 }
-
 func (h *Head) Set(name, value string) { h.Del(name); h.Fields = append(h.Fields, Field{name, value}) }
-func (h *Head) Clone() *Head           { return &Head{h.Line, h.Status, slices.Clone(h.Fields)} }
-
-// list returns the elements of a field that is a list, over all its lines. A comma within a quoted string
-// separates nothing (RFC 9110 §5.6.1, §5.6.4).
-func (h *Head) list(name string) (elements []string) {
+func (h *Head) list(name string) (elements []string) { // empty ones too; a quoted comma is none
 	for _, f := range h.Fields {
-		quoted, start := false, 0
-		for i := 0; isOneOf(f.Name, name) && i <= len(f.Value); i++ {
+		for i, start, quoted := 0, 0, false; isOneOf(f.Name, name) && i <= len(f.Value); i++ {
 			if i == len(f.Value) || f.Value[i] == ',' && !quoted {
-				elements = append(elements, strings.Trim(f.Value[start:i], " \t"))
-				start = i + 1
+				elements, start = append(elements, strings.Trim(f.Value[start:i], " \t")), i+1
 			} else if f.Value[i] == '"' && (i == 0 || f.Value[i-1] != '\\') {
 				quoted = !quoted
 			}
 		}
 	}
-	return slices.DeleteFunc(elements, func(e string) bool { return e == "" })
+	return elements
 }
-
-// has tells whether a list has the element, in any case; old whether the message is of HTTP/1.0, which knows
-// no chunks and no interim answers; keepAlive whether its sender keeps the connection (RFC 9112 §9.3).
 func (h *Head) has(name, element string) bool { return isOneOf(element, h.list(name)...) }
 func (h *Head) old() bool                     { return h.Line[0] == "HTTP/1.0" || h.Line[2] == "HTTP/1.0" }
-func (h *Head) keepAlive() bool {
+func (h *Head) keepAlive() bool { // RFC 9112 §9.3
 	said := append(h.list("Connection"), h.list("Proxy-Connection")...)
 	return !isOneOf("close", said...) && (!h.old() || isOneOf("keep-alive", said...))
 }
@@ -204,315 +182,197 @@ func (h *Head) endToEnd() {
 // the last chunk, or with the connection. What two readers could take differently is refused: more than one
 // length, a transfer coding beside it, in HTTP/1.0, or not just chunked. In an answer a coding that nobody
 // knows is delimited by close, as the RFC has it. bodiless answers have no body whatever they say.
-func (h *Head) framing(bodiless bool) (length int64, err error) {
-	var lengths, codings []string
-	for _, f := range h.Fields {
-		if isOneOf(f.Name, "Content-Length") {
-			lengths = append(lengths, f.Value)
-		} else if isOneOf(f.Name, "Transfer-Encoding") {
-			codings = append(codings, strings.ToLower(f.Value))
-		}
-	}
-	ok, coding := len(lengths) == 0, strings.Join(codings, ", ")
-	if len(lengths) == 1 {
-		length, ok = digits(lengths[0])
-		ok = ok && length < math.MaxInt64
-	}
+func (h *Head) framing(bodiless bool) (int64, error) {
+	lengths, codings := h.list("Content-Length"), h.list("Transfer-Encoding")
+	length, ok := digits(append(lengths, "0")[0])
+	coding := strings.Join(codings, ", ")
+	ascii := isToken(coding) // in others ToLower makes a k of a Kelvin sign
+	coding = strings.ToLower(coding)
 	switch {
-	case !ok, len(codings) > 0 && (len(lengths) > 0 || h.old()):
+	case !ok, length == endless, len(lengths) > 1, len(codings) > 0 && (len(lengths) > 0 || h.old()):
 		return 0, refuse(400, "Content-Length %.40q with Transfer-Encoding %.40q", lengths, coding)
-	case len(codings) > 0 && coding != "chunked" && (h.Status == 0 || !isToken(coding) ||
+	case len(codings) > 0 && (coding != "chunked" || !ascii) && (h.Status == 0 || !ascii ||
 		strings.Contains(coding, "chunk") || isOneOf(coding, "gzip", "deflate", "compress", "identity")):
 		return 0, refuse(501, "transfer coding %.40q is not supported, only chunked", coding)
-	case bodiless:
+	case bodiless, h.Status != 0 && h.Status < 200, h.Status == 204, h.Status == 304:
 		return 0, nil
 	case coding == "chunked":
 		return chunked, nil
-	case len(lengths) == 0 && h.Status != 0:
-		return untilClose, nil
 	}
-	return length, nil
+	return choose(len(lengths) == 0 && h.Status != 0, untilClose, length), nil
 }
-
-// authority returns "host:port" in one spelling: lower case, IPv6 as in RFC 5952, port 80 if there is none.
-// Userinfo has no place in it (RFC 9110 §4.2.4).
-func authority(s string) (string, error) {
+func authority(s string) (string, error) { // in one spelling: lower case, IPv6 as in RFC 5952, with a port
 	host, port := strings.ToLower(s), "80"
 	if i := strings.LastIndexByte(host, ':'); i > strings.LastIndexByte(host, ']') {
-		host, port = host[:i], strings.TrimLeft(host[i+1:], "0")
+		host, port = host[:i], host[i+1:]
 	}
-	n, ok := digits(port)
-	if v6, ok := strings.CutPrefix(host, "["); ok {
-		ip, err := netip.ParseAddr(strings.TrimSuffix(v6, "]"))
-		if host = "[" + ip.String() + "]"; err != nil || !ip.Is6() || ip.Zone() != "" || !strings.HasSuffix(v6, "]") {
-			host = ""
-		}
-	} else if strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-._") != "" {
-		host = ""
-	}
-	if host == "" || !ok || n < 1 || n > 65535 {
+	n, err := strconv.ParseUint(port, 10, 16)
+	name := host + ":" + strconv.FormatUint(n, 10)
+	ip, noIP := netip.ParseAddrPort(name)
+	bad := host == "" || strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-._") != ""
+	if err != nil || n == 0 || bad && (noIP != nil || ip.Addr().Zone() != "") {
 		return "", refuse(400, "%.200q is no host with or without a port", s)
 	}
-	return host + ":" + port, nil
-}
-
-// A body reads what follows a head, decoded.
-type body struct {
-	c      *Conn
-	kind   int64         // as framing returned it; 0 when the last chunk has been read
-	left   int64         // bytes to come, of the chunk or of the whole
-	begun  bool          // a chunk has been read, but for its CR LF
-	excess int           // bytes of chunk sizes beyond what the data justifies
-	last   bool          // of an answer: the connection ends with it
-	sent   chan struct{} // of a request: closed when sending it on has ended, with
-	err    error
+	return choose(noIP == nil, ip.String(), name), nil
 }
 
 func newBody(c *Conn, kind int64) *body {
-	if kind == untilClose {
-		return &body{c: c, kind: kind, left: math.MaxInt64, last: true}
-	}
-	return &body{c: c, kind: kind, left: max(kind, 0)}
+	return &body{c: c, kind: kind, left: choose(kind == untilClose, endless, max(kind, 0))}
 }
-
 func (b *body) Read(p []byte) (n int, err error) {
 	if b.kind == chunked && b.left == 0 {
-		err = b.nextChunk()
+		if err = b.nextChunk(); err != nil {
+			return 0, err
+		}
 	}
-	if b.left == 0 || err != nil {
-		return 0, cmp.Or(err, io.EOF)
-	}
-	n, err = b.c.r.Read(p[:min(int64(len(p)), b.left)])
-	if b.left -= int64(n); b.kind != untilClose {
-		err = noEOF(err)
-	}
-	return n, err
+	n, err = io.LimitReader(b.c.r, b.left).Read(p)
+	b.left -= int64(n)
+	return n, choose(b.whole() || b.kind == untilClose, err, noEOF(err))
 }
 
 // nextChunk reads what stands between two chunks' data, and after the last one the trailers. These are
 // dropped, as nothing may depend on them (RFC 9110 §6.5.1), and so are extensions, which may cost 16 bytes
 // a chunk, as much as the data, and 16 KiB beyond: nobody keeps us reading for nothing.
 func (b *body) nextChunk() error {
-	l := lineReader{Reader: b.c.r, room: maxHead, status: 400, strict: true}
-	l.check(!b.begun || l.next() == "", 400, "a chunk is longer than its size")
+	l := lineReader{Reader: b.c.r, room: maxHead, lines: maxFields + 3, status: 400, strict: true}
+	l.check(!b.begun || l.next() == "", 400, "a chunk is longer than its size", "")
 	line := l.next()
 	size, _, _ := strings.Cut(line, ";")
 	n, err := strconv.ParseUint(strings.TrimRight(size, " \t"), 16, 60) // some servers pad it
 	b.excess += len(line) - 16
-	l.check(err == nil && len(size) < 20 && b.excess < 16<<10, 400, "malformed chunk size or too many extensions: %.40q", line)
+	l.check(err == nil && len(size) < 20 && b.excess < 16<<10, 400, "malformed or too long chunk size", line)
 	b.excess, b.left, b.begun = max(0, b.excess-int(min(n, 1<<20))), int64(n), true
-	if n == 0 {
-		if new(Head).readFields(&l); l.err == nil {
-			b.kind = 0
-		}
+	if n == 0 && new(Head).readFields(&l) == nil {
+		b.kind = 0
 	}
 	return l.err
 }
-
-// A chunkWriter writes each piece it is given as one chunk.
-type chunkWriter struct{ c *Conn }
-
+func (b *body) whole() bool { return b.left == 0 && b.kind != chunked }
+func (b *body) finished() bool { // read and sent to its end; the answer may be a little ahead of that
+	for i := 0; i < 100 && b.sending.Load(); i++ {
+		time.Sleep(time.Millisecond)
+	}
+	return !b.sending.Load() && b.whole() && b.err == nil
+}
+func (b *body) Close() error { // the connection is kept if it stands at the end, with nothing more to say
+	if !b.whole() || b.last || b.c.r.Buffered() > 0 || !b.c.upload.finished() {
+		return b.c.Close()
+	}
+	b.c.extend()
+	origins.Lock()
+	defer origins.Unlock()
+	origins.idle = append(origins.idle, b.c)
+	return nil
+}
 func (w chunkWriter) Write(p []byte) (int, error) {
-	_, err := w.c.Write(fmt.Appendf(make([]byte, 0, len(p)+20), "%x\r\n%s\r\n", len(p), p))
+	_, err := fmt.Fprintf(w.c, "%x\r\n%s\r\n", len(p), p)
 	return len(p), err
 }
-
-// A Conn is a connection to a client or an origin on which nothing waits longer than wait.
-type Conn struct {
-	net.Conn
-	r      *bufio.Reader
-	wait   time.Duration
-	renew  atomic.Int64 // Unix nanoseconds when the deadline is to be moved on
-	out    []byte       // what is written next
-	origin string       // where it leads to, host:port
-	upload *body        // of the request it carries
-	idle   time.Time    // since when it carries none
-}
-
 func newConn(nc net.Conn) *Conn {
 	c := &Conn{Conn: nc, wait: stallWait}
 	c.r = bufio.NewReader(c)
 	return c
 }
-
-// extend moves the deadline on, but only each quarter of the wait: to do it for all four operations of an
-// exchange costs 1 µs, of the 8 that a small hit takes.
-func (c *Conn) extend() {
+func (c *Conn) extend() { // only each quarter of the wait, as it costs 0.3 µs
 	if now := time.Now(); now.UnixNano() > c.renew.Load() {
 		c.renew.Store(now.Add(c.wait / 4).UnixNano())
 		c.SetDeadline(now.Add(c.wait))
 	}
 }
-
 func (c *Conn) Read(p []byte) (int, error)  { c.extend(); return c.Conn.Read(p) }
 func (c *Conn) Write(p []byte) (int, error) { c.extend(); return c.Conn.Write(p) }
-
-// readHead waits for a head and reads it into h.
 func (c *Conn) readHead(h *Head, answer bool) error {
 	if _, err := c.r.Peek(1); err != nil {
-		return err
+		return choose(os.IsTimeout(err), err, errNoAnswer)
 	}
-	if head, _ := c.r.Peek(c.r.Buffered()); !bytes.Contains(head, []byte("\r\n\r\n")) {
-		c.renew.Store(math.MaxInt64) // no progress moves this deadline on
+	if b, _ := c.r.Peek(c.r.Buffered()); string(b[max(0, len(b)-4):]) != "\r\n\r\n" { // more may have to come
 		c.SetDeadline(time.Now().Add(headWait))
+		c.renew.Store(endless) // no progress moves this deadline on
 		defer c.renew.Store(0)
 	}
-	err := h.read(c.r, answer)
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		err = refuse(408, "the head did not arrive in %v", headWait)
-	}
-	return err
+	return h.read(c.r, answer)
 }
 
-// Origins are where requests go: it keeps idle connections to them.
-type Origins struct {
-	net.Dialer
-	sync.Mutex // guards idle
-	idle       []*Conn
-}
-
-// take removes an idle connection to an origin, and those unused for too long. One that is closed by now, or
-// has something to say unasked, must not answer the next request.
-func (o *Origins) take(origin string) (taken *Conn) {
-	o.Lock()
-	defer o.Unlock()
-	o.idle = slices.DeleteFunc(o.idle, func(c *Conn) bool {
-		if time.Since(c.idle) > stallWait || c.origin == origin && taken == nil && !c.alive() {
-			return c.Close() == nil
-		} else if c.origin != origin || taken != nil {
-			return false
-		}
-		taken = c
-		return true
-	})
-	return taken
-}
-
-// alive tells whether an idle connection is open and silent: to ask the socket costs 0.3 µs. Windows cannot
-// be asked so; there a request that fails is sent again all the same.
-func (c *Conn) alive() bool {
+// alive tells whether an idle connection is open and silent: to ask the socket costs 0.3 µs. Windows, where
+// read takes a Handle, cannot be asked so; there a request that fails is sent again all the same.
+func alive[FD ~int | ~uintptr](c *Conn, read func(FD, []byte) (int, error)) bool {
 	raw, err := c.Conn.(*net.TCPConn).SyscallConn()
-	silent := runtime.GOOS == "windows"
-	return err == nil && raw.Read(func(fd uintptr) bool {
-		silent = silent || readNow(syscall.Read, fd) == syscall.EAGAIN
-		return true
-	}) == nil && silent
-}
-
-// readNow calls read, whose first parameter is an int on Unix and a Handle on Windows.
-func readNow[FD ~int | ~uintptr](read func(FD, []byte) (int, error), fd uintptr) error {
-	_, err := read(FD(fd), make([]byte, 1))
-	return err
+	try := func(fd uintptr) bool { _, err = read(FD(fd), make([]byte, 1)); return true }
+	return os.PathSeparator == '\\' || err == nil && raw.Read(try) == nil && err == syscall.EAGAIN
 }
 
 // ask sends a request with its body, and returns the head and body of the final answer; interim ones go to
-// tell. A request that may be sent twice (RFC 9110 §9.2.2) is, where an idle connection turns out to be
-// closed; others get a new one.
+// tell. Only what may be sent twice (RFC 9110 §9.2.2) goes to an idle connection: it may just be closing.
+// Those that are closed by now, have something to say unasked, or were unused for too long are dropped.
 func (o *Origins) ask(origin string, req *Head, upload *body, tell func(*Head)) (*Head, *body, error) {
-	var c *Conn
-	if upload.kind == 0 && isOneOf(req.Line[0], "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE") {
-		c = o.take(origin)
-	}
-	for {
-		fresh := c == nil
-		if fresh {
-			nc, err := o.Dial("tcp", origin)
-			if err != nil {
-				return nil, nil, err
-			}
-			c = newConn(nc)
-			c.origin = origin
+	twice := upload.kind == 0 && isOneOf(req.Line[0], "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
+	taken := (*Conn)(nil)
+	o.Lock()
+	o.idle = slices.DeleteFunc(o.idle, func(c *Conn) bool {
+		wanted := twice && taken == nil && c.origin == origin
+		if time.Since(time.Unix(0, c.renew.Load())) > stallWait || wanted && !alive(c, syscall.Read) {
+			c.Close()
+			return true
 		}
-		res, b, err := c.ask(req, upload, tell)
-		if err == nil {
-			return res, b, nil
-		}
-		if c.Close(); fresh || err != errNoAnswer {
-			return nil, nil, err
-		}
-		c = nil
-	}
-}
-
-func (c *Conn) ask(req *Head, upload *body, tell func(*Head)) (*Head, *body, error) {
-	c.upload, c.out = upload, req.appendTo(c.out[:0])
-	if _, err := c.Write(c.out); err != nil {
-		return nil, nil, errNoAnswer
-	}
-	if upload.kind != 0 { // the answer may come before its end (RFC 9112 §9.5)
-		upload.sent = make(chan struct{})
-		go upload.sendTo(c)
-	}
-	for res := new(Head); ; tell(res) {
-		if _, err := c.r.Peek(1); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			return nil, nil, errNoAnswer
-		}
-		if err := c.readHead(res, true); err != nil {
-			return nil, nil, err
-		}
-		kind, err := res.framing(req.Line[0] == "HEAD" || res.Status < 200 || res.Status == 204 || res.Status == 304)
-		if err == nil && res.Status == 101 {
-			err = refuse(502, "switched protocols unasked")
-		}
-		if err != nil || res.Status >= 200 {
-			b := newBody(c, kind)
-			b.last = b.last || !res.keepAlive()
+		taken = choose(wanted, c, taken)
+		return wanted
+	})
+	o.Unlock()
+	if taken != nil {
+		if res, b, err := taken.ask(origin, req, upload, tell); err != errNoAnswer {
 			return res, b, err
 		}
 	}
-}
-
-// sendTo sends a request's body on. Where it breaks off the origin must not wait for the rest.
-func (b *body) sendTo(c *Conn) {
-	if b.kind != chunked {
-		_, b.err = io.Copy(c, b)
-	} else if _, b.err = io.Copy(chunkWriter{c}, b); b.err == nil {
-		_, b.err = io.WriteString(c, "0\r\n\r\n")
+	nc, err := o.Dial("tcp", origin)
+	if err != nil {
+		return nil, nil, err
 	}
-	if b.left > 0 || b.kind == chunked {
-		c.Conn.Close()
-	}
-	close(b.sent)
+	return newConn(nc).ask(origin, req, upload, tell)
 }
-
-// finished tells whether a request's body has been read and sent whole. The answer may be ahead of that.
-func (b *body) finished() bool {
-	if b.sent == nil {
-		return b.kind == 0
+func (c *Conn) ask(origin string, req *Head, upload *body, tell func(*Head)) (*Head, *body, error) {
+	c.origin, c.upload, c.out = origin, upload, req.appendTo(c.out[:0])
+	_, unsent := c.Write(c.out)
+	if upload.kind != 0 && unsent == nil {
+		upload.sending.Store(true)
+		go func() { // the answer may come before its end (RFC 9112 §9.5)
+			to, end := io.Writer(c), ""
+			if upload.kind == chunked {
+				to, end = chunkWriter{c}, "0\r\n\r\n"
+			}
+			if _, upload.err = io.Copy(to, upload); upload.err == nil {
+				_, upload.err = io.WriteString(c, end)
+			}
+			if !upload.whole() { // the origin must not wait for the rest
+				c.Conn.Close()
+			}
+			upload.sending.Store(false)
+		}()
 	}
-	select {
-	case <-b.sent:
-		return b.err == nil
-	case <-time.After(100 * time.Millisecond):
-		return false
+	for res := new(Head); ; tell(res) {
+		err := c.readHead(res, true)
+		kind, malformed := res.framing(req.Line[0] == "HEAD")
+		if err = choose(err == nil, malformed, err); err != nil {
+			c.Close()
+			return nil, nil, err
+		} else if res.Status >= 200 {
+			b := newBody(c, kind)
+			b.last = unsent != nil || !res.keepAlive()
+			return res, b, nil
+		}
 	}
 }
-
-// Close ends an answer. Its connection is kept if it stands at its end, with nothing more to say.
-func (b *body) Close() error {
-	if b.left > 0 || b.kind == chunked || b.last || b.c.r.Buffered() > 0 || !b.c.upload.finished() {
-		return b.c.Close()
+func choose[T any](first bool, a, b T) T {
+	if first {
+		return a
 	}
-	b.c.idle = time.Now()
-	origins.Lock()
-	origins.idle = append(origins.idle, b.c)
-	origins.Unlock()
-	return nil
+	return b
 }
-
-func isOneOf(s string, names ...string) bool {
-	return slices.ContainsFunc(names, func(name string) bool { return len(s) == len(name) && strings.EqualFold(s, name) })
+func noEOF(err error) error { return choose(err == io.EOF, io.ErrUnexpectedEOF, err) }
+func isToken(s string) bool { return s != "" && strings.Trim(s, tchar) == "" }
+func isOneOf(s string, of ...string) bool {
+	return slices.ContainsFunc(of, func(n string) bool { return len(n) == len(s) && strings.EqualFold(n, s) })
 }
-
-// digits reads a number; one too large is MaxInt64.
 func digits(s string) (int64, bool) {
-	n, err := strconv.ParseUint(s, 10, 63)
-	return int64(n), err == nil || errors.Is(err, strconv.ErrRange)
-}
-
-func isToken(s string) bool {
-	return s != "" && !strings.ContainsFunc(s, func(c rune) bool {
-		return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9') &&
-			!strings.ContainsRune("!#$%&'*+-.^_`|~", c)
-	})
+	n, err := strconv.ParseUint(s, 10, 63) // one too large is MaxInt64
+	return int64(n), err == nil || n > 0
 }
