@@ -21,6 +21,7 @@ import (
 // temporary begins the names of files that are not whole. Answers whose status is understood may be kept even
 // if they do not say so (RFC 9110 §15.1, RFC 9111 §5.2.2.3). Tests move now.
 const temporary, dateFormat = "+download-", "Mon, 02 Jan 2006 15:04:05 GMT"
+const maxSeconds = 1 << 31 // RFC 9111 §1.2.2
 
 var now, understood = time.Now, []int{200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501}
 
@@ -148,7 +149,7 @@ func (h *Head) seconds(name string, otherwise int64) int64 {
 	if all := h.arguments(name); len(all) > 0 {
 		otherwise, _ = digits(all[0])
 	}
-	return otherwise
+	return min(otherwise, maxSeconds)
 }
 
 // httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly but for case and the day's
@@ -169,7 +170,7 @@ func httpDate(s string) int64 {
 func (r *Response) assess(ttl int64) {
 	age, _ := digits(append(r.list("Age"), "")[0])
 	date, expires := httpDate(r.Get("Date")), r.Get("Expires")
-	r.born = min(date, httpDate(r.req.Get("Date"))-age)
+	r.born = min(date, httpDate(r.req.Get("Date"))-min(age, maxSeconds))
 	r.strict = len(r.arguments("s-maxage")) > 0 || r.is("must-revalidate", "proxy-revalidate", "no-cache")
 	if expires != "" {
 		r.life = httpDate(expires) - date
