@@ -114,13 +114,16 @@ func (c *Cache) lookup(url string, req *Head) (r *Response, key, generation stri
 // URL in it, its size from Content-Length. Its time tells trim when it was last used.
 func (c *Cache) load(name string) *Response {
 	info, err := os.Lstat(c.dir + "/" + name)
+	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
+		return nil
+	}
 	file, _ := os.Open(c.dir + "/" + name) // nil reads as an error
 	r, in := &Response{Head: new(Head), req: new(Head), ReadCloser: file}, bufio.NewReader(file)
-	err = cmp.Or(err, r.req.read(in, false), r.Head.read(in, true))
+	err = cmp.Or(r.req.read(in, false), r.Head.read(in, true))
 	r.size, _ = digits(r.Get("Content-Length"))
 	r.off, _ = file.Seek(-int64(in.Buffered()), io.SeekCurrent)
 	ours := strings.HasPrefix(name+"~", fileName(strings.TrimPrefix(r.req.Line[1], "http://"))+"~")
-	if err != nil || !ours || !info.Mode().IsRegular() || r.off+r.size != info.Size() {
+	if err != nil || !ours || r.off+r.size != info.Size() {
 		file.Close()
 		return nil
 	}

@@ -582,7 +582,8 @@ func (x *exchange) fetch(stored *Response, d *download, why string) (r *Response
 // reached ends the exchange where err says that the origin failed.
 func (x *exchange) reached(err error) {
 	e, dns, timeout := (*Error)(nil), (*net.DNSError)(nil), net.Error(nil)
-	malformed := err != nil && !x.upload.sending.Load() && errors.As(x.upload.err, &e)
+	sent := err == nil || x.upload.finished() || x.upload.sending.Load()
+	malformed := !sent && errors.As(x.upload.err, &e)
 	if malformed || errors.As(err, &e) && e.Status == 403 {
 		orFail(e) // the request's body was malformed, or control refused
 	}
