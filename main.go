@@ -73,7 +73,7 @@ func main() {
 		for !closing.Load() {
 			if nc, err := l.Accept(); err == nil {
 				go client(newConn(nc))
-			} else { // e.g., too many open files
+			} else if !closing.Load() { // e.g., too many open files
 				log.Print(err)
 				time.Sleep(100 * time.Millisecond)
 			}
