@@ -62,6 +62,7 @@ func main() {
 	os.MkdirAll(*dir, 0o700)
 	probe, err := os.CreateTemp(*dir, temporary)
 	insist(err == nil, 1, "cannot use the cache directory: %v", err)
+	probe.Close()
 	os.Remove(probe.Name())
 	l, err := net.Listen("tcp", address)
 	insist(err == nil, 1, "%v", err)
@@ -434,7 +435,15 @@ func (x *exchange) cached() *Response {
 	if why == "" {
 		return x.hit(r)
 	}
-	must(!x.req.is("only-if-cached"), 504, "%s is not in the cache", x.url)
+	release := func() {
+		if r != nil {
+			r.Close()
+		}
+	}
+	if x.req.is("only-if-cached") {
+		release()
+		must(false, 504, "%s is not in the cache", x.url)
+	}
 	if x.generation = generation; x.req.Line[0] == "HEAD" || r == nil && !cache.due(x.url) {
 		return x.fetch(r, nil, why)
 	}
@@ -446,6 +455,7 @@ func (x *exchange) cached() *Response {
 				if not, _ := latest.judge(x.req); not == "" {
 					cache.drop(d)
 					d.answer().Close()
+					release()
 					return x.hit(latest)
 				}
 				latest.Close()
@@ -463,6 +473,7 @@ func (x *exchange) cached() *Response {
 		}
 		if not == "" {
 			x.code, x.why = "TCP_HIT", "fwd="+why+"; collapsed"
+			release()
 			return joined
 		} else if joined.Close(); !varies {
 			return x.fetch(r, nil, why)
