@@ -288,7 +288,7 @@ func (c *Cache) forget(d *download) (found bool) {
 func (c *Cache) drop(d *download)    { defer c.lock()(); c.forget(d); close(d.ready) }
 func (c *Cache) invalidate(u string) { defer c.lock()(); delete(c.under, u); os.Remove(c.path(u)) }
 
-// answer is what answers somebody who takes part.
+// answer is what answers somebody who takes part, once it is known whether there is anything.
 func (d *download) answer() *Response {
 	<-d.ready // the answer may be in the making until then
 	r := d.Response

@@ -139,6 +139,7 @@ func configure() (address string) {
 			*text = strings.TrimSpace(string(b))
 		}
 	}
+	*auth = base64.StdEncoding.EncodeToString([]byte(*auth)) // as Basic has it
 	for _, entry := range strings.FieldsFunc(*block, func(c rune) bool { return c <= ' ' || c == ',' }) {
 		prefix, err := netip.ParsePrefix(entry)
 		ip, err2 := netip.ParseAddr(strings.Trim(entry, "[]"))
@@ -334,8 +335,7 @@ func (x *exchange) permit() {
 	must(!blocked(client), 403, "clients at %s are refused", client)
 	if *auth != "" && x.req.Line[1] != "/proxy.pac" {
 		scheme, token, _ := strings.Cut(x.req.Get(field), " ")
-		want := base64.StdEncoding.EncodeToString([]byte(*auth))
-		same := subtle.ConstantTimeCompare([]byte(token), []byte(want)) == 1
+		same := subtle.ConstantTimeCompare([]byte(token), []byte(*auth)) == 1
 		status := choose(x.direct(), 401, 407)
 		must(same && strings.EqualFold(scheme, "Basic"), status, "credentials are needed")
 		x.req.Del(field) // it was for us
@@ -454,7 +454,6 @@ func (x *exchange) cached() *Response {
 			if latest != nil && at == key && why != "request" {
 				if not, _ := latest.judge(x.req); not == "" {
 					cache.drop(d)
-					d.answer().Close()
 					release()
 					return x.hit(latest)
 				}
@@ -462,7 +461,6 @@ func (x *exchange) cached() *Response {
 			}
 			return x.fetch(r, d, why)
 		}
-		<-d.ready
 		joined, not := d.answer(), "not shared"
 		varies := d.shared && !joined.selectedBy(x.req) // as is known only now
 		if varies {
@@ -490,7 +488,6 @@ func (x *exchange) hit(r *Response) *Response {
 func (x *exchange) refresh(key string) {
 	d, leads := cache.join(key)
 	if !leads {
-		<-d.ready
 		d.answer().Close()
 		return
 	}
@@ -501,7 +498,6 @@ func (x *exchange) refresh(key string) {
 	if stored != nil && stored.born+stored.life > now().Unix() { // another has just done it
 		stored.Close()
 		cache.drop(d)
-		d.answer().Close()
 		return
 	}
 	r := x.try(func() *Response { return x.fetch(stored, d, "stale") })
@@ -537,7 +533,6 @@ func (x *exchange) fetch(stored *Response, d *download, why string) (r *Response
 	defer func() {
 		if d != nil && !d.shared {
 			cache.drop(d)
-			d.answer().Close()
 		}
 		if stored != nil && r != stored {
 			stored.Close()
