@@ -1,8 +1,7 @@
 package main
 
-// This file is the store and the rules of caching (RFC 9111). A stored response is one file, a transcript of
-// the request and the answer, under the URL's name: the file system is the index. It knows no sockets.
-
+// The store and the rules of caching (RFC 9111). What is stored is one file, a transcript of the request and the
+// answer, under the URL's name: the file system is the index. Nothing here knows of sockets.
 import (
 	"bufio"
 	"cmp"
@@ -12,141 +11,198 @@ import (
 	"io"
 	"log"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 )
 
-// temporary begins the names of files that are not whole. Answers whose status is understood may be kept even
-// if they do not say so (RFC 9110 §15.1, RFC 9111 §5.2.2.3). Tests move now.
-const temporary, dateFormat = "+download-", "Mon, 02 Jan 2006 15:04:05 GMT"
-const maxSeconds = 1 << 31 // RFC 9111 §1.2.2
+const (
+	temporary  = "+download-"                              // begins the names of files that are not whole
+	plain      = "abcdefghijklmnopqrstuvwxyz0123456789-./" // what stands for itself in the name of a file
+	dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
+	maxSeconds = 1 << 31  // of an age or a lifetime (RFC 9111 §1.2.2)
+	maxObject  = 1 << 20  // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
+	maxMemory  = 16 << 20 // bytes of all these
+)
 
-var now, understood = time.Now, []int{200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501}
+var (
+	now    = time.Now // tests move it
+	extent = regexp.MustCompile(`^bytes (\d+)-(\d+)/(\d+)$`)
+	span   = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
+	// Statuses of answers that may be stored though they do not say how long they are fresh (RFC 9110 §15.1).
+	heuristic = []int{200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501}
+)
 
-// A Response is a head and a body: a text, a file, one that grows (these seek), or what comes from an origin.
-type Response struct {
+// An Entry is an answer: a head, and a body in memory, in a file, or on its way from source. What goes into a file on
+// its way is read as it grows by all who ask for it, each at its own pace: none depends on another.
+type Entry struct {
 	*Head
-	io.ReadCloser
-	off, size  int64 // where the body begins, its bytes, -1 while unknown
-	req        *Head // of a stored one: its URL, when it was asked for, and what Vary selects by
-	born, life int64 // Unix seconds when its age was 0, seconds it is fresh
-	strict     bool  // it must not be used stale
+	req        *Head         // of a stored one: its URL, when it was asked for, and what Vary selects by
+	off, size  int64         // where in the file the body begins, its bytes, -1 while unknown
+	born, life int64         // Unix seconds when its age was 0, seconds it is fresh
+	strict     bool          // it must not be used stale
+	first, all int64         // of a part (206): where it begins in the whole, and the size of that
+	source     io.ReadCloser // nil if it is here
+	key        string        // under which others find it
+	ready      chan struct{} // closed when it is known whether there is anything for others:
+	shared     bool          // there is
+	file       *os.File
+	taken      int64     // bytes that are in the file,
+	memory     []byte    // and those after them
+	more       sync.Cond // there are more, or no more come:
+	err        error     // io.EOF, or what broke it
+	users      int
+	read       time.Time // when it was read into memory
 }
 
-// A Cache is a directory of responses.
+// A Cache is a directory of entries.
 type Cache struct {
-	dir              string
-	limit, ttl, size int64      // bytes at most, seconds of freshness if nothing is said, bytes of all files
-	uses             int        // GETs within ten minutes from which on responses are stored
-	mu               sync.Mutex // guards size and what follows, and what changes in downloads
-	under            map[string]*download
-	seen             map[string][]time.Time
+	dir           string
+	limit, ttl    int64 // bytes at most, seconds an answer is fresh that says nothing about it
+	uses          int   // GETs within ten minutes from which on answers are stored
+	sync.Mutex          // guards what follows, and what changes in entries
+	size, files   int64 // bytes and number of files
+	changes       int64 // of what is stored, so far
+	inMemory      int64 // bytes
+	trimming      bool
+	under, memory map[string]*Entry // on their way, and held in memory
+	seen          map[string]int    // GETs since
+	since         time.Time
 }
 
-func (c *Cache) lock() (unlock func())  { c.mu.Lock(); return c.mu.Unlock }
+func (c *Cache) lock() (unlock func())  { c.Lock(); return c.Unlock }
 func (c *Cache) path(key string) string { return c.dir + "/" + fileName(key) }
 
-// fileName returns the name of the file for a key: a URL without its scheme, and after a line feed what a
-// variant adds. "/" becomes "_", as in the lab; upper case, "_" and most else is escaped: no two keys share a
-// file on any system, no name is hidden, ends in a dot, or begins like a device.
+// fileName returns the name of the file for a key: a URL without its scheme, and after a line feed what a variant adds.
+// "/" becomes "_", as in the lab; upper case, "_" and most else is escaped: no two keys share a file on any system, and
+// no name is hidden, ends in a dot, or is a device's on Windows.
 func fileName(key string) string {
 	url, variant, _ := strings.Cut(key, "\n")
 	stem, _, _ := strings.Cut(url, ".")
-	device := isOneOf(strings.TrimRight(stem, "0123456789"), "con", "prn", "aux", "nul", "com", "lpt")
-	var name []byte
+	device := oneOf(strings.TrimRight(stem, "0123456789"), "con", "prn", "aux", "nul", "com", "lpt")
+	name := make([]byte, 0, len(url)+20)
 	for i, b := range []byte(url) {
-		if strings.IndexByte("abcdefghijklmnopqrstuvwxyz0123456789-/", b) >= 0 && (i > 0 || !device) ||
-			b == '.' && 0 < i && i < len(url)-1 {
-			name = append(name, b)
-		} else {
+		switch {
+		case device && i == 0, b == '.' && (i == 0 || i == len(url)-1), strings.IndexByte(plain, b) < 0:
 			name = fmt.Appendf(name, "%%%02x", b)
+		case b == '/':
+			name = append(name, '_')
+		default:
+			name = append(name, b)
 		}
 	}
 	if len(name) > 160 {
-		name = fmt.Appendf(nil, "%s+%.16x", name[:120], sha256.Sum256([]byte(url)))
+		name = fmt.Appendf(name[:120], "+%.16x", sha256.Sum256([]byte(url)))
 	}
-	return strings.ReplaceAll(string(name), "/", "_") + variant
+	return string(name) + variant
 }
 
-// varied returns the fields of req that Vary names (RFC 9111 §4.1), in one spelling for what means the same:
-// lines joined, no space around commas; languages and codings in any case and order.
-func (r *Response) varied(req *Head) []Field {
+// varied returns the fields of req that Vary names (RFC 9111 §4.1), in one spelling for what means the same: lines
+// joined, no space around commas; languages and codings in any case and order.
+func (e *Entry) varied(req *Head) []Field {
 	var h Head
-	for _, name := range r.list("Vary") {
-		value := strings.Join(req.list(name), ",")
-		if isOneOf(name, "Accept-Language", "Accept-Encoding") {
-			value = strings.ToLower(strings.ReplaceAll(value, " ", ""))
-			value = strings.Join(slices.Sorted(strings.SplitSeq(value, ",")), ",")
+	for _, name := range e.list("Vary") {
+		elements := req.list(name)
+		if oneOf(name, "Accept-Language", "Accept-Encoding") {
+			all := strings.ToLower(strings.ReplaceAll(strings.Join(elements, ","), " ", ""))
+			elements = slices.Sorted(strings.SplitSeq(all, ","))
 		}
-		h.Set(strings.ToLower(name), value)
+		h.Set(strings.ToLower(name), strings.Join(elements, ","))
 	}
 	return h.Fields
 }
+func (e *Entry) holds(req *Head) bool      { status, _, _ := e.part(req); return status != 0 }
+func (e *Entry) selectedBy(req *Head) bool { return slices.Equal(e.varied(e.req), e.varied(req)) }
 
-func (r *Response) selectedBy(req *Head) bool { return slices.Equal(r.varied(r.req), r.varied(req)) }
-func (r *Response) generation() string        { return r.req.Get("Generation") }
-func (r *Response) variant(url string, req *Head) string {
-	selected := fmt.Appendf(nil, "%q%q", r.generation(), r.varied(req))
-	return fmt.Sprintf("%s\n~%.8x", url, sha256.Sum256(selected))
+// lookup returns the entry that req selects, or nil, and the key for one. Under the URL itself is one whose Vary tells
+// what selects, others are beside it, by a hash. A part of that is new with each first one: after an invalidation the
+// variants of before are out of reach.
+func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int64) {
+	unlock := c.lock()
+	key, changes = url, c.changes
+	unlock()
+	if e = c.find(url); e != nil && !e.selectedBy(req) {
+		selected := fmt.Appendf(nil, "%q%q", e.req.Get("Generation"), e.varied(req))
+		key = fmt.Sprintf("%s\n~%.8x", url, sha256.Sum256(selected))
+		e.Close()
+		e = c.find(key)
+	}
+	if e != nil && (!e.selectedBy(req) || e.Status == 206 && !e.holds(req)) {
+		e.Close()
+		e = nil
+	}
+	return e, key, changes
 }
 
-// lookup returns the stored response that req selects, or nil, and the key for one. Under the URL itself is
-// one that says in Vary what selects, others are beside it. All bear its generation, which is new after an
-// invalidation: those of the time before are out of reach.
-func (c *Cache) lookup(url string, req *Head) (r *Response, key, generation string) {
-	if r, key = c.load(fileName(url)), url; r != nil {
-		generation = r.generation()
+// find returns what is under a key: on its way, in memory, or in the file. Memory is good for a second, so what is
+// removed, or replaced by another process, is soon forgotten here too.
+func (c *Cache) find(key string) *Entry {
+	unlock := c.lock()
+	e, changes := c.under[key], c.changes
+	if e != nil && e.shared {
+		e.users++
+	} else if e = c.memory[key]; e != nil && now().Sub(e.read) > time.Second {
+		e = nil
 	}
-	if r != nil && !r.selectedBy(req) {
-		key = r.variant(url, req)
-		r.Close()
-		if r = c.load(fileName(key)); r != nil && !r.selectedBy(req) {
-			r.Close()
-			r = nil
+	if unlock(); e != nil {
+		return e
+	} else if e = c.open(fileName(key)); e == nil || e.size > maxObject {
+		return e
+	}
+	memory := make([]byte, e.size)
+	_, err := io.ReadFull(io.NewSectionReader(e.file, e.off, e.size), memory)
+	e.Close()
+	defer c.lock()()
+	if e.file, e.taken, e.memory, e.read = nil, e.off, memory, now(); changes == c.changes && err == nil {
+		if c.inMemory += e.size + 1<<10; c.inMemory > maxMemory { // to read them again is cheap
+			clear(c.memory)
+			c.inMemory = e.size
 		}
+		c.memory[key] = e
 	}
-	return r, key, generation
+	return choose(err == nil, e, nil)
 }
 
-// load returns what is stored in a file, nil if that is damaged or not ours: its name has to follow from the
-// URL in it, its size from Content-Length. Its time tells trim when it was last used.
-func (c *Cache) load(name string) *Response {
+// open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL in it, its
+// size from Content-Length. Its time tells trim when it was last used.
+func (c *Cache) open(name string) (e *Entry) {
 	info, err := os.Lstat(c.dir + "/" + name)
 	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
 		return nil
 	}
 	file, _ := os.Open(c.dir + "/" + name) // nil reads as an error
-	r, in := &Response{Head: new(Head), req: new(Head), ReadCloser: file}, bufio.NewReader(file)
-	err = cmp.Or(r.req.read(in, false), r.Head.read(in, true))
-	r.size, _ = digits(r.Get("Content-Length"))
-	r.off, _ = file.Seek(-int64(in.Buffered()), io.SeekCurrent)
-	ours := strings.HasPrefix(name+"~", fileName(strings.TrimPrefix(r.req.Line[1], "http://"))+"~")
-	if err != nil || !ours || r.off+r.size != info.Size() {
+	in := bufio.NewReader(io.LimitReader(file, 4*maxHead))
+	if attempt(func() {
+		e = &Entry{file: file, req: readHead(in, false), Head: readHead(in, true), users: 1, err: io.EOF}
+		e.size, _ = digits(e.Get("Content-Length"))
+		e.off, _ = file.Seek(-int64(in.Buffered()), io.SeekCurrent)
+		e.taken = e.off + e.size
+		ours := strings.HasPrefix(name+"~", fileName(strings.TrimPrefix(e.req.Line[1], "http://"))+"~")
+		must(ours && e.taken == info.Size(), "502 damaged")
+	}) != nil {
 		file.Close()
 		return nil
 	}
 	if t := now(); t.Sub(info.ModTime()) > time.Minute {
 		os.Chtimes(file.Name(), t, t)
 	}
-	r.assess(c.ttl)
-	r.Del("Age", "Content-Length")
-	return r
+	e.assess(c.ttl)
+	e.Del("Age", "Content-Length")
+	return e
 }
 
-// arguments returns those of the directives of some names in Cache-Control, "" for one that has none.
+// arguments returns those of the directives of some names in Cache-Control, "" for one that has none; is tells whether
+// there is one without, seconds the first as a number, 0 for a malformed one (RFC 9111 §4.2.1).
 func (h *Head) arguments(names ...string) (all []string) {
 	for _, directive := range h.list("Cache-Control") {
-		if name, argument, _ := strings.Cut(directive, "="); isOneOf(name, names...) {
+		if name, argument, _ := strings.Cut(directive, "="); oneOf(name, names...) {
 			all = append(all, strings.Trim(argument, `"`))
 		}
 	}
 	return all
 }
-
-// is tells whether a directive is there without an argument, seconds what that is as a number: of several the
-// first; a malformed one is 0, so stale (RFC 9111 §4.2.1).
 func (h *Head) is(names ...string) bool { return slices.Contains(h.arguments(names...), "") }
 func (h *Head) seconds(name string, otherwise int64) int64 {
 	if all := h.arguments(name); len(all) > 0 {
@@ -155,9 +211,12 @@ func (h *Head) seconds(name string, otherwise int64) int64 {
 	return min(otherwise, maxSeconds)
 }
 
-// httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly but for case and the day's
-// name, as Unix seconds, 0 if it is none. A year of two digits is one from 1969 to 2068.
+// httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly but for case and the day's name, as
+// Unix seconds, 0 if it is none.
 func httpDate(s string) int64 {
+	if s == "" {
+		return 0
+	}
 	s = strings.ToUpper(s[max(0, strings.IndexAny(s, ", ")):])
 	for _, layout := range []string{dateFormat[3:], ", 02-Jan-06 15:04:05 GMT", " Jan _2 15:04:05 2006"} {
 		if t, err := time.Parse(layout, s); err == nil && strings.EqualFold(t.Format(layout), s) {
@@ -167,273 +226,277 @@ func httpDate(s string) int64 {
 	return 0
 }
 
-// assess works out what an answer says about time (RFC 9111 §4.2). Its age counts from the earlier of Date
-// and when it was 0 by Age. Where nothing says how long it is fresh, a tenth of its time since the last
-// change, at most a week, is a fair guess.
-func (r *Response) assess(ttl int64) {
-	age, _ := digits(append(r.list("Age"), "")[0])
-	date, expires := httpDate(r.Get("Date")), r.Get("Expires")
-	r.born = min(date, httpDate(r.req.Get("Date"))-min(age, maxSeconds))
-	r.strict = len(r.arguments("s-maxage")) > 0 || r.is("must-revalidate", "proxy-revalidate", "no-cache")
+// assess works out what an answer says about time (RFC 9111 §4.2). Its age counts from the earlier of Date and when it
+// was 0 by Age. Where nothing says how long it is fresh, a tenth of the time since its last change, at most a week, is
+// a fair guess.
+func (e *Entry) assess(ttl int64) {
+	age, _ := digits(append(e.list("Age"), "")[0])
+	date, expires := httpDate(e.Get("Date")), e.Get("Expires")
+	e.born = min(date, httpDate(e.req.Get("Date"))-min(age, maxSeconds))
+	e.strict = len(e.arguments("s-maxage")) > 0 || e.is("must-revalidate", "proxy-revalidate", "no-cache")
 	if expires != "" {
-		r.life = httpDate(expires) - date
-	} else if slices.Contains(understood, r.Status) || r.is("public") {
-		r.life = max(ttl, min((date-cmp.Or(httpDate(r.Get("Last-Modified")), date))/10, 7*24*3600))
+		e.life = httpDate(expires) - date
+	} else if slices.Contains(heuristic, e.Status) || e.is("public") {
+		e.life = max(ttl, min((date-cmp.Or(httpDate(e.Get("Last-Modified")), date))/10, 7*24*3600))
 	}
-	if r.life = r.seconds("s-maxage", r.seconds("max-age", r.life)); r.is("no-cache") {
-		r.life = 0
+	e.life = choose(e.is("no-cache"), 0, e.seconds("s-maxage", e.seconds("max-age", e.life)))
+	if field := extent.FindStringSubmatch(e.Get("Content-Range")); field != nil && e.Status == 206 {
+		e.first, _ = digits(field[1])
+		last, _ := digits(field[2])
+		e.all, _ = digits(field[3])
+		e.all = choose(last == e.all-1, e.first+e.size, e.all) // what came counts, not what was announced
 	}
 }
 
-// judge tells whether a stored response may answer as it is, with "", else why not, in the words of
-// Cache-Status (RFC 9111 §4, RFC 9211 §2.2). behind says that it is to be refreshed behind that.
-func (r *Response) judge(req *Head) (why string, behind bool) {
-	age := now().Unix() - r.born
-	switch ttl := r.life - age; {
+// judge tells whether a stored answer may be used as it is, with "", else why not, in the words of Cache-Status (RFC
+// 9111 §4, RFC 9211 §2.2). behind says that it has to be refreshed behind that.
+func (e *Entry) judge(req *Head) (why string, behind bool) {
+	age := now().Unix() - e.born
+	switch ttl := e.life - age; {
 	case req.is("no-cache"), req.Get("Cache-Control") == "" && req.has("Pragma", "no-cache"),
 		age >= req.seconds("max-age", age+1), 0 < ttl && ttl < req.seconds("min-fresh", 0):
 		return "request", false
-	case ttl > 0, !r.strict && (req.is("max-stale") || -ttl < req.seconds("max-stale", 0)):
+	case ttl > 0, !e.strict && (req.is("max-stale") || -ttl < req.seconds("max-stale", 0)):
 		return "", false
-	case !r.strict && -ttl < r.seconds("stale-while-revalidate", 0):
+	case !e.strict && -ttl < e.seconds("stale-while-revalidate", 0):
 		return "", true
 	}
 	return "stale", false
 }
 
-// standsIn tells whether a stale response may answer where the origin failed: altogether (status 0) unless
-// that is forbidden, with an error if that is allowed (RFC 9111 §4.2.4, RFC 5861 §4).
-func (r *Response) standsIn(req *Head, status int) bool {
-	return r != nil && !r.strict && !req.is("no-cache") && !req.has("Pragma", "no-cache") &&
-		(status == 0 && len(r.arguments("stale-if-error")) == 0 ||
-			slices.Contains([]int{0, 500, 502, 503, 504}, status) && now().Unix()-r.born-r.life <
-				max(r.seconds("stale-if-error", 0), req.seconds("stale-if-error", 0)))
+// standsIn tells whether a stale answer may be used where the origin failed: altogether (status 0) unless that is
+// forbidden, with an error if that is allowed (RFC 9111 §4.2.4, RFC 5861 §4).
+func (e *Entry) standsIn(req *Head, status int) bool {
+	return e != nil && !e.strict && !req.is("no-cache") && !req.has("Pragma", "no-cache") &&
+		(status == 0 && len(e.arguments("stale-if-error")) == 0 ||
+			slices.Contains([]int{0, 500, 502, 503, 504}, status) && now().Unix()-e.born-e.life <
+				max(e.seconds("stale-if-error", 0), req.seconds("stale-if-error", 0)))
 }
 
-// unchanged evaluates a client's condition (RFC 9110 §13.2.2): true if it has what we have.
-func (r *Response) unchanged(req *Head) bool {
-	tags, tag := req.list("If-None-Match"), strings.TrimPrefix(r.Get("ETag"), "W/")
-	same := tag != "" && (slices.Contains(tags, tag) || slices.Contains(tags, "W/"+tag))
-	changed := httpDate(r.Get("Last-Modified"))
-	return same || slices.Contains(tags, "*") ||
-		len(tags) == 0 && 0 < changed && changed <= httpDate(req.Get("If-Modified-Since"))
-}
-
-// span returns which n bytes of the body req wants, with status 206 or 416; else all, also where it wants
-// several ranges (RFC 9110 §14.2).
-func (r *Response) span(req *Head) (status int, off, n int64) {
-	spec, ok := strings.CutPrefix(req.Get("Range"), "bytes=")
-	from, to, dash := strings.Cut(spec, "-")
-	a, isA := digits(from)
-	b, isB := digits(cmp.Or(to, "9999999999999999999")) // which saturates
-	if from == "" {
-		a, b, isA = max(0, r.size-b), r.size, to != ""
+// part returns which n bytes of the body, from off on, answer req, with status 206 or 416; 304 if its condition says
+// that it has them (RFC 9110 §13.2.2, RFC 9111 §4.3.2); else all, also where several ranges are wanted. Status 0 means
+// that what is stored is a part (206), and not the one.
+func (e *Entry) part(req *Head) (status int, off, n int64) {
+	tags, tag := req.list("If-None-Match"), strings.TrimPrefix(e.Get("ETag"), "W/")
+	changed, had := cmp.Or(e.Get("Last-Modified"), e.Get("Date")), httpDate(req.Get("If-Modified-Since"))
+	if oneOf("*", tags...) || tag != "" && (slices.Contains(tags, tag) || slices.Contains(tags, "W/"+tag)) ||
+		len(tags) == 0 && had > 0 && 0 < httpDate(changed) && httpDate(changed) <= had {
+		return 304, 0, 0
 	}
-	since := cmp.Or(req.Get("If-Range"), r.Get("Last-Modified"))
-	same := since == r.Get("Last-Modified") || since[0] == '"' && since == r.Get("ETag")
-	if req.Line[0] != "GET" || !ok || !dash || !isA || !isB || b < a || r.size < 0 || !same {
-		return r.Status, 0, r.size
-	} else if a >= r.size {
-		return 416, 0, 0
+	wanted := span.FindStringSubmatch(req.Get("Range"))
+	since := cmp.Or(req.Get("If-Range"), e.Get("Last-Modified"))
+	same := since == e.Get("Last-Modified") || since[0] == '"' && since == e.Get("ETag")
+	all := choose(e.Status == 206, e.all, e.size)
+	if wanted != nil && wanted[1]+wanted[2] != "" && req.Line[0] == "GET" && e.size >= 0 && same {
+		a, _ := digits(wanted[1])
+		b, _ := digits(cmp.Or(wanted[2], "9999999999999999999")) // which saturates
+		if wanted[1] == "" {
+			a, b = max(0, all-b), all
+		}
+		if end := min(b, e.first+e.size-1) + 1; e.first <= a && a < end {
+			return 206, a - e.first, end - a
+		} else if a >= all && a <= b {
+			return 416, 0, 0
+		}
 	}
-	return 206, a, min(b, r.size-1) - a + 1
+	return choose(e.Status == 206, 0, e.Status), 0, e.size
 }
 
-// update puts the fields of a 304 in the place of the stored ones, but for those that describe the body as it
-// is stored (RFC 9111 §3.2).
-func (r *Response) update(res *Head) {
-	res.Del("Content-Length", "Content-Encoding", "Content-Range")
-	for _, f := range res.Fields {
-		r.Del(f.Name)
-	}
-	r.Fields = append(r.Fields, res.Fields...)
-}
-
-// A download is a response on its way into a file. Who asked for it, and who asks while it is under way, read
-// the file as it grows, each at its own pace: none depends on another.
-type download struct {
-	Response               // what is answered from it
-	key      string        // under which it is found
-	ready    chan struct{} // closed when it is known whether there is anything to answer from:
-	shared   bool          // there is
-	source   *Response     // where the body comes from
-	file     *os.File
-	taken    int64     // bytes that are in the file
-	kept     []byte    // those that have arrived after them
-	more     sync.Cond // there is more of it, or it has ended:
-	err      error     // io.EOF, or what broke it
-	users    int       // who waits or reads
-}
-
-// join takes part in the download under way for a key. If there is none it begins one, which the caller has
-// to lead: to ask the origin, and then to call store or drop.
-func (c *Cache) join(key string) (d *download, leads bool) {
+// claim takes part in what is on its way under a key. If nothing is, the caller has to lead: to ask the origin, and
+// then to call store or drop. It is nil if something has been stored since changes were counted.
+func (c *Cache) claim(key string, changes int64) (e *Entry, leads bool) {
 	defer c.lock()()
-	if d = c.under[key]; d == nil {
-		d, leads = &download{key: key, ready: make(chan struct{})}, true
-		d.more.L, c.under[key] = &c.mu, d
+	if e = c.under[key]; e == nil && c.changes == changes {
+		e, leads = &Entry{key: key, ready: make(chan struct{})}, true
+		e.more.L, c.under[key] = c, e
 	}
-	d.users++
-	return d, leads
+	return e, leads
 }
 
-// forget takes a download away if it still is where it is found: only then it is kept in the end. drop says
-// there is nothing to answer from; invalidate forgets what is stored for a URL, and what is about to be.
-func (c *Cache) forget(d *download) (found bool) {
-	if found = c.under[d.key] == d; found {
-		delete(c.under, d.key)
+// drop says that there is nothing for others; invalidate forgets what is under a URL.
+func (c *Cache) drop(e *Entry) {
+	defer c.lock()()
+	if close(e.ready); c.under[e.key] == e {
+		delete(c.under, e.key)
 	}
-	return found
 }
-func (c *Cache) drop(d *download)    { defer c.lock()(); c.forget(d); close(d.ready) }
-func (c *Cache) invalidate(u string) { defer c.lock()(); delete(c.under, u); os.Remove(c.path(u)) }
-
-// answer is what answers somebody who takes part, once it is known whether there is anything.
-func (d *download) answer() *Response {
-	<-d.ready // the answer may be in the making until then
-	r := d.Response
-	r.ReadCloser = &tail{d, d.off}
-	return &r
+func (c *Cache) invalidate(url string) {
+	defer c.lock()()
+	delete(c.under, url)
+	delete(c.memory, url)
+	os.Remove(c.path(url))
+	c.changes++
 }
 
-// store keeps r, the answer to req, if a shared cache may and has use for it (RFC 9111 §3), and returns what
-// answers in its place, with the fields that are for this client alone; else r.
-func (c *Cache) store(d *download, url string, req *Head, r *Response, at time.Time, gen string) *Response {
-	d.Response, d.source = Response{Head: r.Clone(), size: r.size}, r
-	d.req = &Head{Line: [3]string{"GET", "http://" + url, "HTTP/1.1"}}
-	d.req.Fields = append([]Field{{"Date", at.UTC().Format(dateFormat)}}, r.varied(req)...)
-	d.assess(c.ttl)
-	explicit := len(r.arguments("s-maxage", "max-age")) > 0 || r.Get("Expires") != ""
-	shared, known := len(r.arguments("s-maxage")) > 0, slices.Contains(understood, r.Status)
-	never := len(r.arguments("no-store", "must-understand"))
-	ok := r.Status != 206 && r.Status != 304 && r.size <= c.limit && !r.has("Vary", "*") &&
-		!r.is("private") && (never == 0 || known && r.is("must-understand")) &&
-		(req.Get("Authorization") == "" || shared || r.is("public", "must-revalidate")) &&
-		(explicit || r.Get("Set-Cookie") == "" && (known || r.is("public"))) && !req.is("no-store") &&
-		(d.life > 0 || d.seconds("stale-while-revalidate", 0) > 0 ||
-			r.Get("ETag")+r.Get("Last-Modified") != "")
-	if !ok {
-		return r
+// storable tells whether a shared cache may store e, the answer to req (RFC 9111 §3).
+func (e *Entry) storable(req *Head) bool {
+	never, shared := e.arguments("no-store", "must-understand"), e.arguments("s-maxage")
+	known := slices.Contains(heuristic, e.Status)
+	explicit := len(shared) > 0 || len(e.arguments("max-age")) > 0 || e.Get("Expires") != ""
+	return (e.Status != 206 || e.size >= 0 && extent.MatchString(e.Get("Content-Range"))) && e.Status != 304 && !req.is("no-store") && !e.is("private") && !e.has("Vary", "*") &&
+		(len(never) == 0 || known && e.is("must-understand")) &&
+		(req.Get("Authorization") == "" || len(shared) > 0 || e.is("public", "must-revalidate")) &&
+		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
+}
+
+// store puts what came, as the answer to req, into the file of e, if it may and there is use for it. old is what it
+// replaces, person tells whose its cookies are.
+func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Time, person func() string) {
+	if !came.storable(req) || came.size > c.limit {
+		return
 	}
-	if len(r.list("Vary")) > 0 {
-		d.req.Set("Generation", cmp.Or(gen, rand.Text()))
+	e.Head, e.source, e.size, e.users = came.Clone(), came.source, came.size, 1
+	e.req = &Head{Line: [3]string{"GET", "http://" + url, "HTTP/1.1"}}
+	e.req.Fields = append([]Field{{"Date", asked.UTC().Format(dateFormat)}}, e.varied(req)...)
+	e.assess(c.ttl)
+	if e.life <= 0 && e.seconds("stale-while-revalidate", 0) == 0 && e.Get("ETag")+e.Get("Last-Modified") == "" {
+		return
+	}
+	if e.Get("Vary") != "" {
+		e.req.Set("Generation", rand.Text())
+		if old != nil {
+			e.req.Set("Generation", cmp.Or(old.req.Get("Generation"), e.req.Get("Generation")))
+		}
+	}
+	if e.Get("Set-Cookie") != "" {
+		e.req.Set("From", person())
 	}
 	os.MkdirAll(c.dir, 0o700)
 	root, err := os.OpenRoot(c.dir) // Windows can rename its files while they are open
 	if err == nil {
-		d.file, err = root.OpenFile(temporary+rand.Text(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		e.file, err = root.OpenFile(temporary+rand.Text(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		root.Close()
 	}
 	if err != nil {
 		log.Printf("not stored: %v", err)
-		return r
+		return
 	}
-	private := strings.ReplaceAll(strings.Join(r.arguments("private", "no-cache"), ","), " ", "")
-	d.Del(append(strings.Split(private, ","), "Set-Cookie", "Set-Cookie2")...)
-	head := d.appendTo(d.req.appendTo(nil), Field{"Content-Length", fmt.Sprintf("%20d", r.size)})
-	d.off = int64(len(head))
-	d.Write(head)
-	d.Del("Age")
-	d.shared = true
-	close(d.ready)
-	go d.run(c)
-	answer := d.answer()
-	answer.Head = r.Head
-	answer.Del("Age")
-	return answer
+	private := strings.ReplaceAll(strings.Join(e.arguments("private", "no-cache"), ","), " ", "")
+	e.Del(append(strings.Split(private, ","), "Content-Length")...)
+	head := e.appendTo(e.req.appendTo(nil), "Content-Length", fmt.Sprintf("%20d", e.size))
+	e.off = int64(len(head))
+	e.Write(head)
+	e.Del("Age")
+	defer c.lock()()
+	e.shared = true
+	close(e.ready)
 }
 
-func (d *download) run(c *Cache) {
-	_, err := io.Copy(io.Discard, io.TeeReader(d.source, d))
-	d.source.Close()
-	if d.size < 0 {
-		d.file.WriteAt(fmt.Appendf(nil, "%20d", d.taken-d.off), d.off-24)
+// run brings the body into the file, and the file to its place.
+func (e *Entry) run(c *Cache) {
+	_, err := io.Copy(io.Discard, io.TeeReader(e.source, e))
+	e.source.Close()
+	if e.size < 0 {
+		e.file.WriteAt(fmt.Appendf(nil, "%20d", e.taken-e.off), e.off-24)
 	}
 	unlock := c.lock()
-	found := c.under[d.key] == d
+	found := err == nil && len(e.memory) == 0 && c.under[e.key] == e
 	unlock() // it has to be in its place before it is forgotten, and nobody is to wait for that
-	if err != nil || !found || len(d.kept) > 0 || os.Rename(d.file.Name(), c.path(d.key)) != nil {
-		os.Remove(d.file.Name())
+	if !found || os.Rename(e.file.Name(), c.path(e.key)) != nil {
+		os.Remove(e.file.Name())
 	}
 	defer c.lock()()
-	if !c.forget(d) && found && err == nil { // it has been invalidated meanwhile
-		os.Remove(c.path(d.key))
+	if c.under[e.key] == e {
+		delete(c.under, e.key)
+		delete(c.memory, e.key)
+	} else if found { // it has been invalidated meanwhile
+		os.Remove(c.path(e.key))
 	}
-	if d.err = cmp.Or(err, io.EOF); d.users == 0 {
-		d.file.Close()
+	c.changes, c.files, c.size, e.err = c.changes+1, c.files+1, c.size+e.taken, cmp.Or(err, io.EOF)
+	if e.more.Broadcast(); e.users == 0 {
+		e.file.Close()
 	}
-	d.more.Broadcast()
-	if c.size += d.taken; c.size > c.limit {
+	if c.size > c.limit && !c.trimming {
+		c.trimming = true
 		go c.trim()
 	}
 }
 
-// Write takes what arrives. To fail would cut all clients: up to 64 MiB that the file does not take are in
-// memory, and nothing is stored.
-func (d *download) Write(p []byte) (n int, err error) {
-	if len(d.kept) == 0 {
-		n, _ = d.file.Write(p)
+// Write takes what arrives. To fail would cut all clients: up to 64 MiB that the file does not take are in memory, and
+// nothing is stored.
+func (e *Entry) Write(p []byte) (n int, err error) {
+	if len(e.memory) == 0 {
+		n, _ = e.file.Write(p)
 	}
 	defer cache.lock()()
-	d.taken, d.kept = d.taken+int64(n), append(d.kept, p[n:]...)
-	if d.more.Broadcast(); len(d.kept) > 64<<20 {
-		return 0, io.ErrShortWrite
-	}
-	return len(p), nil
+	e.taken, e.memory = e.taken+int64(n), append(e.memory, p[n:]...)
+	e.more.Broadcast()
+	return len(p), choose(len(e.memory) > 64<<20, io.ErrShortWrite, nil)
 }
 
-// A tail reads a download's file from at on, and waits for what has not arrived.
-type tail struct {
-	*download
+// from returns the body from off on.
+func (e *Entry) from(off int64) io.Reader {
+	if e.source != nil && !e.shared {
+		return e.source
+	}
+	return &cursor{e, e.off + off}
+}
+
+// A cursor reads the body of an entry from at on, and waits for what has not arrived. ready are the bytes that have.
+type cursor struct {
+	*Entry
 	at int64
 }
 
-func (t *tail) Seek(offset int64, _ int) (int64, error) { t.at = offset; return offset, nil }
-func (t *tail) Read(p []byte) (n int, err error) {
-	cache.mu.Lock()
-	for t.at >= t.taken+int64(len(t.kept)) && t.err == nil {
-		t.more.Wait()
+func (r *cursor) ready() int64 {
+	defer cache.lock()()
+	return r.taken + int64(len(r.memory)) - r.at
+}
+func (r *cursor) Read(p []byte) (n int, err error) {
+	cache.Lock()
+	for r.at >= r.taken+int64(len(r.memory)) && r.err == nil {
+		r.more.Wait()
 	}
-	beyond, kept, err := t.at-t.taken, t.kept, t.err
-	cache.mu.Unlock()
+	beyond, memory, err := r.at-r.taken, r.memory, r.err
+	cache.Unlock()
 	if beyond < 0 {
-		n, err = t.file.ReadAt(p[:min(int64(len(p)), -beyond)], t.at)
-	} else if beyond < int64(len(kept)) {
-		n, err = copy(p, kept[beyond:]), nil
+		n, err = r.file.ReadAt(p[:min(int64(len(p)), -beyond)], r.at)
+	} else if beyond < int64(len(memory)) {
+		n, err = copy(p, memory[beyond:]), nil
 	}
-	t.at += int64(n)
+	r.at += int64(n)
 	return n, err
 }
 
-// Close ends somebody's part. What interests nobody goes on only if at most 1 MiB of it is to come.
-func (t *tail) Close() error {
-	defer cache.lock()()
-	if t.users--; t.users > 0 || !t.shared {
+// Close ends somebody's use. What interests nobody goes on only if at most 1 MiB of it is to come.
+func (e *Entry) Close() error {
+	if e == nil {
 		return nil
-	} else if t.err != nil {
-		return t.file.Close()
-	} else if b, ok := t.source.ReadCloser.(*body); ok && (t.size < 0 || t.off+t.size-t.taken > 1<<20) {
-		cache.forget(t.download)
-		b.c.Conn.Close()
+	} else if e.source != nil && !e.shared {
+		return e.source.Close()
+	}
+	defer cache.lock()()
+	if e.users--; e.users > 0 || e.file == nil {
+		return nil
+	} else if e.err != nil {
+		return e.file.Close()
+	} else if b, ok := e.source.(body); ok && (e.size < 0 || e.off+e.size-e.taken > 1<<20) {
+		delete(cache.under, e.key)
+		return b.Conn.Conn.Close()
 	}
 	return nil
 }
 
 // due counts a GET that has to be fetched, and tells whether its answer is to be stored.
 func (c *Cache) due(url string) bool {
-	defer c.lock()()
-	if len(c.seen) > 1<<16 {
-		clear(c.seen) // to count anew is cheaper than to find out which are old
+	if c.uses == 1 {
+		return true
 	}
-	times := append(c.seen[url], now())
-	c.seen[url] = times[max(0, len(times)-c.uses):]
-	return len(times) >= c.uses && now().Sub(c.seen[url][0]) <= 10*time.Minute
+	defer c.lock()()
+	if now().Sub(c.since) > 10*time.Minute || len(c.seen) > 1<<16 {
+		clear(c.seen)
+		c.since = now()
+	}
+	c.seen[url]++
+	return c.seen[url] >= c.uses
 }
 
-// trim counts the files, and removes what broken downloads have left an hour ago, and the least recently used
-// if they are too much. Only names that the cache itself makes count.
+// trim counts the files, and removes what broken downloads have left an hour ago, and the least recently used if they
+// are too much. Only names that the cache itself makes count.
 func (c *Cache) trim() {
-	files, size := []os.FileInfo(nil), int64(0)
+	unlock := c.lock()
+	files, size, before := []os.FileInfo(nil), int64(0), c.size
+	unlock()
 	entries, _ := os.ReadDir(c.dir)
 	for _, entry := range entries {
 		info, err := entry.Info()
@@ -445,11 +508,11 @@ func (c *Cache) trim() {
 	}
 	slices.SortFunc(files, func(a, b os.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
 	for ; size > c.limit && len(files) > 0; files = files[1:] {
-		r := c.load(files[0].Name()) // nil if it is not ours
-		if r != nil && r.Close() == nil && os.Remove(c.dir+"/"+files[0].Name()) == nil {
+		name := files[0].Name() // nil if it is not ours
+		if e := c.open(name); e != nil && e.Close() == nil && os.Remove(c.dir+"/"+name) == nil {
 			size -= files[0].Size()
 		}
 	}
 	defer c.lock()()
-	c.size = size
+	c.size, c.files, c.trimming = size+c.size-before, int64(len(files)), false
 }

@@ -2221,9 +2221,11 @@ func TestStorability(t *testing.T) {
 	o.put("/mine", fresh+`, private="X-Mine", no-cache="x-other" | X-Mine: 2 | X-Other: 3 | X-Kept: 4`,
 		"body")
 	for i, want := range []string{"me=1", ""} {
-		a := p.get(o.url("/"), "")
+		a := p.get(o.url("/"), fmt.Sprintf("User-Agent: %d", i))
 		eq(t, "a cookie is for one", fmt.Sprint(a.Get("Set-Cookie"), a.Get("X-Mine"), o.count("/")),
 			want+"21")
+		a = p.get(o.url("/"), "User-Agent: 0")
+		eq(t, "who may have it again", fmt.Sprint(a.Get("Set-Cookie"), o.count("/")), "me=11")
 		a = p.get(o.url("/mine"), "")
 		got := fmt.Sprint(a.Get("X-Mine"), a.Get("X-Other"), a.Get("X-Kept"), o.count("/mine"))
 		eq(t, "so is what is private", got, []string{"2341", "41"}[i])
@@ -3140,6 +3142,12 @@ func TestDates(t *testing.T) {
 	}
 }
 
+func (h *Head) read(r *bufio.Reader, answer bool) error {
+	return attempt(func() { *h = *readHead(r, answer) })
+}
+
+func newBody(c *Conn, kind int64) body { c.expect(kind); return body{c} }
+
 func FuzzHead(f *testing.F) {
 	for _, text := range []string{"GET http://h/a?b HTTP/1.1\r\nHost: h\r\nX: a\r\nx: b \r\n\r\n",
 		"GET / HTTP/1.0\n\n",
@@ -3203,6 +3211,7 @@ func (s stub) SetDeadline(time.Time) error      { return nil }
 func (s stub) SetReadDeadline(time.Time) error  { return nil }
 func (s stub) SetWriteDeadline(time.Time) error { return nil }
 func (s stub) Close() error                     { return nil }
+func (s stub) RemoteAddr() net.Addr             { return &net.TCPAddr{} }
 
 func FuzzChunked(f *testing.F) {
 	for _, text := range []string{"0\r\n\r\n", "5\r\nhello\r\n0\r\nX: y\r\n\r\n",
@@ -3212,7 +3221,7 @@ func FuzzChunked(f *testing.F) {
 		f.Add([]byte(text))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		read := func(r io.Reader) ([]byte, error) { return io.ReadAll(newBody(newConn(stub{Reader: r}), -1)) }
+		read := func(r io.Reader) ([]byte, error) { return io.ReadAll(newBody(newConn(stub{Reader: r}, ""), -1)) }
 		got, err := read(bytes.NewReader(data))
 		slow, slowErr := read(iotest.OneByteReader(bytes.NewReader(data)))
 		if !bytes.Equal(got, slow) || (err == nil) != (slowErr == nil) || len(got) > len(data) {
