@@ -25,6 +25,7 @@ const (
 	maxSeconds = 1 << 31  // of an age or a lifetime (RFC 9111 §1.2.2)
 	maxObject  = 1 << 20  // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
 	maxMemory  = 16 << 20 // bytes of all these
+	maxBehind  = 1 << 20  // bytes that are kept for the slowest reader where the file does not take them
 )
 
 var (
@@ -53,7 +54,9 @@ type Entry struct {
 	memory     []byte    // and those after them
 	more       sync.Cond // there are more, or no more come:
 	err        error     // io.EOF, or what broke it
-	users      int
+	users      int       // of it
+	cursors    []*cursor // theirs, while it is on its way
+	broken     bool      // the file does not take more
 	read       time.Time // when it was read into memory
 }
 
@@ -316,9 +319,8 @@ func (c *Cache) claim(key string, changes int64) (e *Entry, leads bool) {
 // drop says that there is nothing for others; invalidate forgets what is under a URL.
 func (c *Cache) drop(e *Entry) {
 	defer c.lock()()
-	if close(e.ready); c.under[e.key] == e {
-		delete(c.under, e.key)
-	}
+	close(e.ready)
+	e.leave()
 }
 func (c *Cache) invalidate(url string) {
 	defer c.lock()()
@@ -361,8 +363,10 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 	if e.Get("Set-Cookie") != "" {
 		e.req.Set("From", person())
 	}
-	os.MkdirAll(c.dir, 0o700)
 	root, err := os.OpenRoot(c.dir) // Windows can rename its files while they are open
+	if err != nil && os.MkdirAll(c.dir, 0o700) == nil {
+		root, err = os.OpenRoot(c.dir)
+	}
 	if err == nil {
 		e.file, err = root.OpenFile(temporary+rand.Text(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		root.Close()
@@ -378,6 +382,9 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 	e.Write(head)
 	e.Del("Age")
 	defer c.lock()()
+	if old != nil {
+		c.files, c.size = c.files-1, c.size-old.off-old.size
+	}
 	e.shared = true
 	close(e.ready)
 }
@@ -390,19 +397,21 @@ func (e *Entry) run(c *Cache) {
 		e.file.WriteAt(fmt.Appendf(nil, "%20d", e.taken-e.off), e.off-24)
 	}
 	unlock := c.lock()
-	found := err == nil && len(e.memory) == 0 && c.under[e.key] == e
+	whole := err == nil && !e.broken && c.under[e.key] == e
 	unlock() // it has to be in its place before it is forgotten, and nobody is to wait for that
-	if !found || os.Rename(e.file.Name(), c.path(e.key)) != nil {
+	if !whole || os.Rename(e.file.Name(), c.path(e.key)) != nil {
 		os.Remove(e.file.Name())
+		whole = false
 	}
 	defer c.lock()()
-	if c.under[e.key] == e {
-		delete(c.under, e.key)
-		delete(c.memory, e.key)
-	} else if found { // it has been invalidated meanwhile
+	if !e.leave() && whole { // it has been invalidated meanwhile
 		os.Remove(c.path(e.key))
+		whole = false
 	}
-	c.changes, c.files, c.size, e.err = c.changes+1, c.files+1, c.size+e.taken, cmp.Or(err, io.EOF)
+	delete(c.memory, e.key)
+	if e.err, c.changes = cmp.Or(err, io.EOF), c.changes+1; whole {
+		c.files, c.size = c.files+1, c.size+e.taken
+	}
 	if e.more.Broadcast(); e.users == 0 {
 		e.file.Close()
 	}
@@ -412,24 +421,38 @@ func (e *Entry) run(c *Cache) {
 	}
 }
 
-// Write takes what arrives. To fail would cut all clients: up to 64 MiB that the file does not take are in memory, and
-// nothing is stored.
+// Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until all have
+// read it, nothing is stored, and the download waits for those who are too far behind.
 func (e *Entry) Write(p []byte) (n int, err error) {
-	if len(e.memory) == 0 {
-		n, _ = e.file.Write(p)
+	if !e.broken {
+		n, err = e.file.Write(p)
 	}
 	defer cache.lock()()
-	e.taken, e.memory = e.taken+int64(n), append(e.memory, p[n:]...)
-	e.more.Broadcast()
-	return len(p), choose(len(e.memory) > 64<<20, io.ErrShortWrite, nil)
+	if e.taken, e.memory = e.taken+int64(n), append(e.memory, p[n:]...); err != nil {
+		e.broken = true
+		e.leave()
+	}
+	for e.more.Broadcast(); len(e.memory) > maxBehind; e.more.Wait() {
+		needed, begun := int64(endless), 0
+		for _, r := range e.cursors {
+			needed, begun = min(needed, r.at), begun+choose(r.at < endless, 1, 0)
+		}
+		if done := min(needed-e.taken, int64(len(e.memory))); done > 0 && begun >= e.users {
+			e.taken, e.memory = e.taken+done, e.memory[done:]
+		}
+		if len(e.memory) <= maxBehind {
+			break
+		}
+	}
+	return len(p), nil
 }
 
-// from returns the body from off on.
-func (e *Entry) from(off int64) io.Reader {
-	if e.source != nil && !e.shared {
-		return e.source
+// leave makes that others do not find what is on its way, and so that it is not stored.
+func (e *Entry) leave() (found bool) {
+	if found = cache.under[e.key] == e; found {
+		delete(cache.under, e.key)
 	}
-	return &cursor{e, e.off + off}
+	return found
 }
 
 // A cursor reads the body of an entry from at on, and waits for what has not arrived. ready are the bytes that have.
@@ -438,31 +461,73 @@ type cursor struct {
 	at int64
 }
 
+// passing tells that the body comes from an origin for one client alone, inMemory returns n bytes of one in memory.
+func (e *Entry) passing() bool { return e.source != nil && !e.shared }
+func (e *Entry) inMemory(off, n int64) []byte {
+	if e.source != nil || n < 0 || off+n > int64(len(e.memory)) {
+		return nil
+	}
+	return e.memory[off : off+n]
+}
+
+// updated is the head after a 304: its fields are in the place of the stored ones, but for those that describe the
+// body as it is stored (RFC 9111 §3.2).
+func (e *Entry) updated(res *Head) *Head {
+	res.Del("Content-Length", "Content-Encoding", "Content-Range")
+	h := e.Clone()
+	for _, f := range res.Fields {
+		h.Del(f.Name)
+	}
+	h.Fields = append(h.Fields, res.Fields...)
+	return h
+}
+
+// from returns a reader of the body from off on. To close it ends the use of the entry.
+func (e *Entry) from(off int64) io.ReadCloser {
+	if e.passing() {
+		return e.source
+	}
+	r := &cursor{e, e.off + off}
+	if e.source != nil {
+		defer cache.lock()()
+		e.cursors = append(e.cursors, r)
+	}
+	return r
+}
 func (r *cursor) ready() int64 {
 	defer cache.lock()()
 	return r.taken + int64(len(r.memory)) - r.at
 }
 func (r *cursor) Read(p []byte) (n int, err error) {
-	cache.Lock()
+	unlock := cache.lock()
 	for r.at >= r.taken+int64(len(r.memory)) && r.err == nil {
 		r.more.Wait()
 	}
-	beyond, memory, err := r.at-r.taken, r.memory, r.err
-	cache.Unlock()
-	if beyond < 0 {
-		n, err = r.file.ReadAt(p[:min(int64(len(p)), -beyond)], r.at)
-	} else if beyond < int64(len(memory)) {
-		n, err = copy(p, memory[beyond:]), nil
+	beyond, err := r.at-r.taken, r.err
+	if beyond >= 0 && beyond < int64(len(r.memory)) {
+		n, err = copy(p, r.memory[beyond:]), nil
 	}
-	r.at += int64(n)
+	if unlock(); beyond < 0 {
+		n, err = r.file.ReadAt(p[:min(int64(len(p)), -beyond)], r.at)
+	}
+	defer cache.lock()()
+	if r.at += int64(n); r.broken {
+		r.more.Broadcast()
+	}
 	return n, err
+}
+func (r *cursor) Close() error {
+	unlock := cache.lock()
+	r.at = endless
+	unlock()
+	return r.Entry.Close()
 }
 
 // Close ends somebody's use. What interests nobody goes on only if at most 1 MiB of it is to come.
 func (e *Entry) Close() error {
 	if e == nil {
 		return nil
-	} else if e.source != nil && !e.shared {
+	} else if e.passing() {
 		return e.source.Close()
 	}
 	defer cache.lock()()
@@ -471,8 +536,11 @@ func (e *Entry) Close() error {
 	} else if e.err != nil {
 		return e.file.Close()
 	} else if b, ok := e.source.(body); ok && (e.size < 0 || e.off+e.size-e.taken > 1<<20) {
-		delete(cache.under, e.key)
-		return b.Conn.Conn.Close()
+		e.leave()
+		b.Conn.Conn.Close()
+	}
+	if e.broken {
+		e.more.Broadcast()
 	}
 	return nil
 }
@@ -507,7 +575,8 @@ func (c *Cache) trim() {
 		}
 	}
 	slices.SortFunc(files, func(a, b os.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
-	for ; size > c.limit && len(files) > 0; files = files[1:] {
+	enough := choose(size > c.limit, c.limit-c.limit/16, c.limit) // so that it is not done again at once
+	for ; size > enough && len(files) > 0; files = files[1:] {
 		name := files[0].Name() // nil if it is not ours
 		if e := c.open(name); e != nil && e.Close() == nil && os.Remove(c.dir+"/"+name) == nil {
 			size -= files[0].Size()

@@ -212,9 +212,15 @@ func (x *exchange) try(step func() *Entry) (e *Entry) {
 	return e
 }
 
+var reasons = map[int]string{200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request",
+	401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 407: "Proxy Authentication Required",
+	408: "Request Timeout", 414: "URI Too Long", 416: "Range Not Satisfiable", 417: "Expectation Failed",
+	431: "Request Header Fields Too Large", 501: "Not Implemented", 502: "Bad Gateway",
+	504: "Gateway Timeout", 505: "HTTP Version Not Supported", 508: "Loop Detected"}
+
 // page is an answer made here.
 func page(status int, kind, text string) *Entry {
-	line := [3]string{"HTTP/1.1", strconv.Itoa(status), choose(status == 200, "OK", "Error")}
+	line := [3]string{"HTTP/1.1", strconv.Itoa(status), reasons[status]}
 	h := &Head{line, status, []Field{{"Content-Type", kind}}}
 	return &Entry{Head: h, memory: []byte(text), size: int64(len(text)), err: io.EOF}
 }
@@ -369,7 +375,8 @@ func (x *exchange) file(name string) *Entry {
 	return e
 }
 
-// cached answers from the store where it may (RFC 9111 §4) or from what is on its way there; else it asks.
+// cached answers from the store where it may (RFC 9111 §4), or from what is on its way there; else it asks. Where it
+// is no client that asks, but we behind its back, what is stale is never good enough.
 func (x *exchange) cached() *Entry {
 	for {
 		e, key, changes := cache.lookup(x.url, x.req)
@@ -379,25 +386,26 @@ func (x *exchange) cached() *Entry {
 		}
 		if refresh && x.behind {
 			why = "stale"
-		} else if refresh { // the same again, behind its back, to be stored
-			y := &exchange{c: &Conn{Conn: x.c.Conn}, req: x.req.Clone(), behind: true}
-			y.address, y.path, y.url, y.req.Line[0] = x.address, x.path, x.url, "GET"
-			y.req.Del("If-None-Match", "If-Modified-Since", "Range", "If-Range")
-			go func() { e := y.try(y.cached); io.Copy(io.Discard, e.from(0)); e.Close() }()
+		} else if refresh {
+			go x.refresh()
 		}
 		if why == "" {
-			x.code = "TCP_HIT"
-			x.why = choose(e.source != nil, "proxy; fwd=uri-miss; collapsed", "proxy; hit; ttl="+strconv.FormatInt(e.born+e.life-now().Unix(), 10))
+			ttl := strconv.FormatInt(e.born+e.life-now().Unix(), 10)
+			x.code = choose(e.file == nil, "TCP_MEM_HIT", "TCP_HIT")
+			x.why = choose(e.source == nil, "proxy; hit; ttl="+ttl, cmp.Or(x.why, "proxy; fwd=uri-miss; collapsed"))
 			return e
 		}
-		must(!x.req.is("only-if-cached"), "504 %s is not in the cache", x.url)
+		if x.req.is("only-if-cached") {
+			e.Close()
+			must(false, "504 %s is not in the cache", x.url)
+		}
 		if x.req.Line[0] == "HEAD" || e == nil && !cache.due(x.url) || e != nil && e.source != nil {
 			return x.fetch(e, nil, why)
 		}
 		d, leads := cache.claim(key, changes)
 		if leads {
 			return x.fetch(e, d, why)
-		} else if e.Close(); d != nil {
+		} else if e.Close(); d != nil { // it is on its way already: wait until it is known what it is
 			if <-d.ready; !d.shared {
 				return x.fetch(nil, nil, why)
 			}
@@ -406,34 +414,54 @@ func (x *exchange) cached() *Entry {
 	}
 }
 
-// fetch asks the origin. With d the answer is stored if it may be. What is stored already is validated in the place of
-// what the client has (RFC 9111 §4.3.1), and stands in where the origin fails.
-func (x *exchange) fetch(stored, d *Entry, why string) *Entry {
+// refresh asks once more behind a client's back, so that the answer gets stored.
+func (x *exchange) refresh() {
+	y := &exchange{c: &Conn{Conn: x.c.Conn, peer: x.c.peer}, req: x.req.Clone(), behind: true}
+	y.address, y.path, y.url, y.req.Line[0] = x.address, x.path, x.url, "GET"
+	y.req.Del("If-None-Match", "If-Modified-Since", "Range", "If-Range")
+	body := y.try(y.cached).from(0)
+	io.Copy(io.Discard, body)
+	body.Close()
+}
+
+// outgoing is the request as the origin gets it. It asks whether what is stored is still good in the place of what
+// the client has (RFC 9111 §4.3.1); validates tells that it does.
+func (x *exchange) outgoing(stored *Entry) (h *Head, validates bool) {
+	h = x.req.Clone()
+	h.Line = [3]string{x.req.Line[0], x.path, "HTTP/1.1"}
+	h.Del("Host")
+	h.Fields = append(slices.Insert(h.Fields, 0, Field{"Host", x.host()}), Field{"Via", via(x.req)})
+	length := choose(h.Get("Content-Length") != "" || x.c.begun, strconv.FormatInt(max(0, x.c.kind), 10), "")
+	h.Set("Content-Length", choose(x.c.kind == chunked, "", length),
+		"Transfer-Encoding", choose(x.c.kind == chunked, "chunked", ""))
+	validates = stored != nil && h.Line[0] == "GET" && stored.Get("ETag")+stored.Get("Last-Modified") != ""
+	if validates {
+		h.Set("If-None-Match", stored.Get("ETag"), "If-Modified-Since", stored.Get("Last-Modified"))
+	}
+	return h, validates
+}
+
+// fetch asks the origin. With d the answer is stored if it may be. What is stored is validated, and stands in where
+// the origin fails.
+func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	defer func() {
+		if e != stored {
+			stored.Close()
+		}
 		if d != nil && !d.shared {
 			cache.drop(d)
 		}
 	}()
-	asked, method, h, status := now(), x.req.Line[0], x.req.Clone(), 0
-	h.Line = [3]string{method, x.path, "HTTP/1.1"}
-	h.Del("Host")
-	h.Fields = append(slices.Insert(h.Fields, 0, Field{"Host", x.host()}), Field{"Via", via(x.req)})
-	sized := x.c.kind >= 0 && (h.Get("Content-Length") != "" || x.c.begun)
-	h.Set("Content-Length", choose(sized, strconv.FormatInt(x.c.kind, 10), ""),
-		"Transfer-Encoding", choose(x.c.kind == chunked, "chunked", ""))
-	validates := stored != nil && method == "GET" && stored.Get("ETag")+stored.Get("Last-Modified") != ""
-	if validates {
-		h.Set("If-None-Match", stored.Get("ETag"), "If-Modified-Since", stored.Get("Last-Modified"))
-	}
-	res, c, err := origins.ask(x.address, h, x.c, func(interim *Head) {
+	asked, method, status := now(), x.req.Line[0], 0
+	req, validates := x.outgoing(stored)
+	res, c, err := origins.ask(x.address, req, x.c, func(interim *Head) {
 		interim.Del("Content-Length")
 		if interim.endToEnd(); !x.behind && !x.req.old() {
 			x.c.Write(interim.appendTo(nil, "Via", via(interim)))
 		}
 	})
 	if x.why = "proxy; fwd=" + why; err == nil {
-		status, x.peer = res.Status, "HIER_DIRECT/"+c.peer
-		x.why += "; fwd-status=" + res.Line[1]
+		status, x.peer, x.why = res.Status, "HIER_DIRECT/"+c.peer, x.why+"; fwd-status="+res.Line[1]
 	}
 	if stored.standsIn(x.req, status) {
 		if x.code = "TCP_REFRESH_FAIL_OLD"; err == nil {
@@ -442,11 +470,10 @@ func (x *exchange) fetch(stored, d *Entry, why string) *Entry {
 		return stored
 	}
 	x.reached(err)
-	res.endToEnd()
-	if res.Get("Date") == "" { // RFC 9110 §6.6.1
+	if res.endToEnd(); res.Get("Date") == "" { // RFC 9110 §6.6.1
 		res.Set("Date", now().UTC().Format(dateFormat))
 	}
-	if x.code = choose(why == "request", "TCP_CLIENT_REFRESH_MISS", x.code); method != "HEAD" && status != 304 {
+	if method != "HEAD" && status != 304 { // it says how much there would be
 		res.Del("Content-Length")
 	}
 	if !oneOf(method, "GET", "HEAD", "OPTIONS", "TRACE") && status < 400 { // RFC 9111 §4.4
@@ -456,27 +483,21 @@ func (x *exchange) fetch(stored, d *Entry, why string) *Entry {
 			}
 		}
 	}
-	e := &Entry{Head: res, source: body{c}, size: max(c.kind, -1)}
-	if x.code = choose(validates, "TCP_REFRESH_MODIFIED", x.code); validates && status == 304 {
-		e.source.Close() // its fields, but for those about the body, are the new ones (RFC 9111 §3.2)
-		res.Del("Content-Length", "Content-Encoding", "Content-Range")
-		x.code = "TCP_REFRESH_UNMODIFIED"
-		e.Head, e.source, e.size = stored.Clone(), &cursor{stored, stored.off}, stored.size
-		for _, f := range res.Fields {
-			e.Del(f.Name)
-		}
-		e.Fields = append(e.Fields, res.Fields...)
-	} else if stored != nil {
-		defer stored.Close()
+	x.code = choose(validates, "TCP_REFRESH_MODIFIED", choose(why == "request", "TCP_CLIENT_REFRESH_MISS", x.code))
+	e = &Entry{Head: res, source: body{c}, size: max(c.kind, -1)}
+	old := stored
+	if validates && status == 304 {
+		e.source.Close()
+		x.code, stored = "TCP_REFRESH_UNMODIFIED", nil // its body is the source now
+		e.Head, e.source, e.size = old.updated(res), old.from(0), old.size
 	}
-	if d != nil {
-		cache.store(d, e, stored, x.url, x.req, asked, x.person)
-	}
-	if d == nil || !d.shared {
+	if d == nil {
+		return e
+	} else if cache.store(d, e, old, x.url, x.req, asked, x.person); !d.shared {
 		return e
 	}
-	x.own, x.why = e.Head, x.why+"; stored"
 	e.Del("Age")
+	x.own, x.why = e.Head, x.why+"; stored" // with what is for this client alone
 	if b, ok := e.source.(body); ok && b.left > 0 && b.ready() == b.left {
 		d.run(&cache) // all of it is here
 	} else {
@@ -510,27 +531,39 @@ func (x *exchange) reached(err error) {
 	must(false, choose(late, "504", "502")+" %s: %s", x.address, err.Error())
 }
 
-// send writes an answer, as the request's conditions and range have it where that can be.
-func (x *exchange) send(e *Entry) (err error) {
-	defer e.Close()
-	h, status, off, n := cmp.Or(x.own, e.Head), e.Status, int64(0), e.size
-	passing := e.source != nil && !e.shared // what is not stored
-	if !passing && (status == 200 || status == 206) {
+// selected is the head of the answer as the request's conditions and range have it, and which n bytes of the body
+// from off on go with it.
+func (x *exchange) selected(e *Entry) (h *Head, off, n int64) {
+	h, n = cmp.Or(x.own, e.Head), e.size
+	status, extent := 0, ""
+	if !e.passing() && (e.Status == 200 || e.Status == 206) {
 		status, off, n = e.part(x.req)
-		if status = cmp.Or(status, e.Status); status != e.Status || n != e.size {
-			h = h.Clone()
-			h.Line, h.Status = [3]string{"HTTP/1.1", strconv.Itoa(status), ""}, status
-			h.Set("Content-Range", choose(status == 206, fmt.Sprintf("bytes %d-%d/%d", e.first+off, e.first+off+n-1, max(e.all, e.size)),
-				choose(status == 416, fmt.Sprintf("bytes */%d", e.size), "")))
-			x.code = choose(status == 304, strings.Replace(x.code, "TCP_HIT", "TCP_IMS_HIT", 1), x.code)
-		}
 	}
 	if e.Get("Set-Cookie") != "" && e.req != nil && x.own == nil && e.req.Get("From") != x.person() {
 		h = h.Clone()
 		h.Del("Set-Cookie", "Set-Cookie2")
 	}
-	none, head, old := status == 204 || status == 304, x.req.Line[0] == "HEAD", x.req.old()
-	silent := none || head && (n < 0 || passing) // of a length, but for what the origin said
+	switch {
+	case status == 0, status == e.Status && n == e.size:
+		return h, off, n
+	case status == 206:
+		extent = fmt.Sprintf("bytes %d-%d/%d", e.first+off, e.first+off+n-1, max(e.all, e.size))
+	case status == 416:
+		extent = fmt.Sprintf("bytes */%d", e.size)
+	case strings.HasSuffix(x.code, "_HIT"):
+		x.code = "TCP_IMS_HIT"
+	}
+	h = h.Clone()
+	h.Line[1], h.Line[2], h.Status = strconv.Itoa(status), reasons[status], status
+	h.Set("Content-Range", extent)
+	return h, off, n
+}
+
+// send writes an answer.
+func (x *exchange) send(e *Entry) error {
+	h, off, n := x.selected(e)
+	none, head, old := h.Status == 204 || h.Status == 304, x.req.Line[0] == "HEAD", x.req.old()
+	silent := none || head && (n < 0 || e.passing()) // of a length, but for what the origin said
 	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.finished() && !closing.Load()
 	length, age := "", ""
 	if !silent && n >= 0 {
@@ -539,33 +572,33 @@ func (x *exchange) send(e *Entry) (err error) {
 	if e.req != nil {
 		age = strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10)
 	}
-	c := x.c
+	c, body := x.c, e.from(off)
+	defer body.Close()
 	c.out = h.appendTo(c.out[:0], "Content-Length", length, "Transfer-Encoding",
 		choose(!silent && n < 0 && !old, "chunked", ""), "Age", age, "Via", choose(x.why != "", via(h), ""),
 		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
-	x.status, x.kind, x.sent = status, h.Get("Content-Type"), int64(len(c.out))
+	x.status, x.kind, x.sent = h.Status, h.Get("Content-Type"), int64(len(c.out))
 	n = choose(none || head, 0, n)
-	from := e.from(off)
-	if r, ok := from.(interface{ ready() int64 }); ok && 0 < n && n <= 4<<10 && r.ready() >= n { // in one piece
+	if r, ok := body.(interface{ ready() int64 }); ok && 0 < n && n <= 4<<10 && r.ready() >= n { // in one piece
 		c.out = append(c.out, make([]byte, n)...)
-		if _, err := io.ReadFull(from, c.out[x.sent:]); err != nil {
+		if _, err := io.ReadFull(body, c.out[x.sent:]); err != nil {
 			return err
 		}
 		x.sent, n = x.sent+n, 0
 	}
+	_, err := c.Write(c.out)
+	for part := range slices.Chunk(e.inMemory(off, n), 256<<10) { // without a copy
+		if err == nil {
+			_, err = c.Write(part)
+			x.sent, n = x.sent+int64(len(part)), 0
+		}
+	}
 	to, end, all := io.Writer(c), "", n < 0
-	if _, err = c.Write(c.out); all && !old {
+	if all && !old {
 		to, end = chunkWriter{c}, "0\r\n\r\n"
 	}
-	if n = choose(all, endless, n); n > 0 && n <= int64(len(e.memory)) && e.source == nil { // without a copy
-		for part := range slices.Chunk(e.memory[off:off+n], 256<<10) {
-			m, failed := c.Write(part)
-			x.sent, err = x.sent+int64(m), cmp.Or(err, failed)
-		}
-		return err
-	}
-	for step := int64(0); n > 0 && err == nil; n -= step {
-		step, err = io.CopyN(to, from, min(n, 256<<10))
+	for step := int64(0); n != 0 && err == nil; n -= step {
+		step, err = io.CopyN(to, body, choose(all, 256<<10, min(n, 256<<10)))
 		x.sent += step
 	}
 	if all && err == io.EOF {
