@@ -1,7 +1,7 @@
 package main
 
-// The store and the rules of caching (RFC 9111). What is stored is one file, a transcript of the request and the
-// answer, under the URL's name: the file system is the index. Nothing here knows of sockets.
+// The store and the rules of caching (RFC 9111). What is stored is one file, a transcript of the request and
+// the answer, under the URL's name: the file system is the index. Nothing here knows of sockets.
 import (
 	"bufio"
 	"cmp"
@@ -36,8 +36,8 @@ var (
 	heuristic = []int{200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501}
 )
 
-// An Entry is an answer: a head, and a body in memory, in a file, or on its way from source. What goes into a file on
-// its way is read as it grows by all who ask for it, each at its own pace: none depends on another.
+// An Entry is an answer: a head, and a body in memory, in a file, or on its way from source. What goes into a
+// file on its way is read as it grows by all who ask for it, each at its own pace: none depends on another.
 type Entry struct {
 	*Head
 	req        *Head         // of a stored one: its URL, when it was asked for, and what Vary selects by
@@ -78,9 +78,9 @@ type Cache struct {
 func (c *Cache) lock() (unlock func())  { c.Lock(); return c.Unlock }
 func (c *Cache) path(key string) string { return c.dir + "/" + fileName(key) }
 
-// fileName returns the name of the file for a key: a URL without its scheme, and after a line feed what a variant adds.
-// "/" becomes "_", as in the lab; upper case, "_" and most else is escaped: no two keys share a file on any system, and
-// no name is hidden, ends in a dot, or is a device's on Windows.
+// fileName returns the name of the file for a key: a URL without its scheme, and after a line feed what a
+// variant adds. "/" becomes "_", as in the lab; upper case, "_" and most else is escaped: no two keys share a
+// file on any system, and no name is hidden, ends in a dot, or is a device's on Windows.
 func fileName(key string) string {
 	url, variant, _ := strings.Cut(key, "\n")
 	stem, _, _ := strings.Cut(url, ".")
@@ -102,8 +102,8 @@ func fileName(key string) string {
 	return string(name) + variant
 }
 
-// varied returns the fields of req that Vary names (RFC 9111 §4.1), in one spelling for what means the same: lines
-// joined, no space around commas; languages and codings in any case and order.
+// varied returns the fields of req that Vary names (RFC 9111 §4.1), in one spelling for what means the same:
+// lines joined, no space around commas; languages and codings in any case and order.
 func (e *Entry) varied(req *Head) []Field {
 	var h Head
 	for _, name := range e.list("Vary") {
@@ -119,9 +119,9 @@ func (e *Entry) varied(req *Head) []Field {
 func (e *Entry) holds(req *Head) bool      { status, _, _ := e.part(req); return status != 0 }
 func (e *Entry) selectedBy(req *Head) bool { return slices.Equal(e.varied(e.req), e.varied(req)) }
 
-// lookup returns the entry that req selects, or nil, and the key for one. Under the URL itself is one whose Vary tells
-// what selects, others are beside it, by a hash. A part of that is new with each first one: after an invalidation the
-// variants of before are out of reach.
+// lookup returns the entry that req selects, or nil, and the key for one. Under the URL itself is one whose
+// Vary tells what selects, others are beside it, by a hash. A part of that is new with each first one: after
+// an invalidation the variants of before are out of reach.
 func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int64) {
 	unlock := c.lock()
 	key, changes = url, c.changes
@@ -139,8 +139,8 @@ func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int
 	return e, key, changes
 }
 
-// find returns what is under a key: on its way, in memory, or in the file. Memory is good for a second, so what is
-// removed, or replaced by another process, is soon forgotten here too.
+// find returns what is under a key: on its way, in memory, or in the file. Memory is good for a second, so
+// what is removed, or replaced by another process, is soon forgotten here too.
 func (c *Cache) find(key string) *Entry {
 	unlock := c.lock()
 	e, changes := c.under[key], c.changes
@@ -168,8 +168,8 @@ func (c *Cache) find(key string) *Entry {
 	return choose(err == nil, e, nil)
 }
 
-// open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL in it, its
-// size from Content-Length. Its time tells trim when it was last used.
+// open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL in
+// it, its size from Content-Length. Its time tells trim when it was last used.
 func (c *Cache) open(name string) (e *Entry) {
 	info, err := os.Lstat(c.dir + "/" + name)
 	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
@@ -196,8 +196,8 @@ func (c *Cache) open(name string) (e *Entry) {
 	return e
 }
 
-// arguments returns those of the directives of some names in Cache-Control, "" for one that has none; is tells whether
-// there is one without, seconds the first as a number, 0 for a malformed one (RFC 9111 §4.2.1).
+// arguments returns those of the directives of some names in Cache-Control, "" for one that has none; is
+// tells whether there is one without, seconds the first as a number, 0 for a malformed one (RFC 9111 §4.2.1).
 func (h *Head) arguments(names ...string) (all []string) {
 	for _, directive := range h.list("Cache-Control") {
 		if name, argument, _ := strings.Cut(directive, "="); oneOf(name, names...) {
@@ -214,8 +214,8 @@ func (h *Head) seconds(name string, otherwise int64) int64 {
 	return min(otherwise, maxSeconds)
 }
 
-// httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly but for case and the day's name, as
-// Unix seconds, 0 if it is none.
+// httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly but for case and the day's
+// name, as Unix seconds, 0 if it is none.
 func httpDate(s string) int64 {
 	if s == "" {
 		return 0
@@ -229,9 +229,9 @@ func httpDate(s string) int64 {
 	return 0
 }
 
-// assess works out what an answer says about time (RFC 9111 §4.2). Its age counts from the earlier of Date and when it
-// was 0 by Age. Where nothing says how long it is fresh, a tenth of the time since its last change, at most a week, is
-// a fair guess.
+// assess works out what an answer says about time (RFC 9111 §4.2). Its age counts from the earlier of Date
+// and when it was 0 by Age. Where nothing says how long it is fresh, a tenth of the time since its last
+// change, at most a week, is a fair guess.
 func (e *Entry) assess(ttl int64) {
 	age, _ := digits(append(e.list("Age"), "")[0])
 	date, expires := httpDate(e.Get("Date")), e.Get("Expires")
@@ -251,8 +251,8 @@ func (e *Entry) assess(ttl int64) {
 	}
 }
 
-// judge tells whether a stored answer may be used as it is, with "", else why not, in the words of Cache-Status (RFC
-// 9111 §4, RFC 9211 §2.2). behind says that it has to be refreshed behind that.
+// judge tells whether a stored answer may be used as it is, with "", else why not, in the words of
+// Cache-Status (RFC 9111 §4, RFC 9211 §2.2). behind says that it has to be refreshed behind that.
 func (e *Entry) judge(req *Head) (why string, behind bool) {
 	age := now().Unix() - e.born
 	switch ttl := e.life - age; {
@@ -267,8 +267,8 @@ func (e *Entry) judge(req *Head) (why string, behind bool) {
 	return "stale", false
 }
 
-// standsIn tells whether a stale answer may be used where the origin failed: altogether (status 0) unless that is
-// forbidden, with an error if that is allowed (RFC 9111 §4.2.4, RFC 5861 §4).
+// standsIn tells whether a stale answer may be used where the origin failed: altogether (status 0) unless
+// that is forbidden, with an error if that is allowed (RFC 9111 §4.2.4, RFC 5861 §4).
 func (e *Entry) standsIn(req *Head, status int) bool {
 	return e != nil && !e.strict && !req.is("no-cache") && !req.has("Pragma", "no-cache") &&
 		(status == 0 && len(e.arguments("stale-if-error")) == 0 ||
@@ -276,9 +276,9 @@ func (e *Entry) standsIn(req *Head, status int) bool {
 				max(e.seconds("stale-if-error", 0), req.seconds("stale-if-error", 0)))
 }
 
-// part returns which n bytes of the body, from off on, answer req, with status 206 or 416; 304 if its condition says
-// that it has them (RFC 9110 §13.2.2, RFC 9111 §4.3.2); else all, also where several ranges are wanted. Status 0 means
-// that what is stored is a part (206), and not the one.
+// part returns which n bytes of the body, from off on, answer req, with status 206 or 416; 304 if its
+// condition says that it has them (RFC 9110 §13.2.2, RFC 9111 §4.3.2); else all, also where several ranges
+// are wanted. Status 0 means that what is stored is a part (206), and not the one.
 func (e *Entry) part(req *Head) (status int, off, n int64) {
 	tags, tag := req.list("If-None-Match"), strings.TrimPrefix(e.Get("ETag"), "W/")
 	changed, had := cmp.Or(e.Get("Last-Modified"), e.Get("Date")), httpDate(req.Get("If-Modified-Since"))
@@ -305,8 +305,8 @@ func (e *Entry) part(req *Head) (status int, off, n int64) {
 	return choose(e.Status == 206, 0, e.Status), 0, e.size
 }
 
-// claim takes part in what is on its way under a key. If nothing is, the caller has to lead: to ask the origin, and
-// then to call store or drop. It is nil if something has been stored since changes were counted.
+// claim takes part in what is on its way under a key. If nothing is, the caller has to lead: to ask the
+// origin, and then to call store or drop. It is nil if something has been stored since changes were counted.
 func (c *Cache) claim(key string, changes int64) (e *Entry, leads bool) {
 	defer c.lock()()
 	if e = c.under[key]; e == nil && c.changes == changes {
@@ -335,14 +335,16 @@ func (e *Entry) storable(req *Head) bool {
 	never, shared := e.arguments("no-store", "must-understand"), e.arguments("s-maxage")
 	known := slices.Contains(heuristic, e.Status)
 	explicit := len(shared) > 0 || len(e.arguments("max-age")) > 0 || e.Get("Expires") != ""
-	return (e.Status != 206 || e.size >= 0 && extent.MatchString(e.Get("Content-Range"))) && e.Status != 304 && !req.is("no-store") && !e.is("private") && !e.has("Vary", "*") &&
+	part := e.size >= 0 && extent.MatchString(e.Get("Content-Range"))
+	return (e.Status != 206 || part) && e.Status != 304 &&
+		!req.is("no-store") && !e.is("private") && !e.has("Vary", "*") &&
 		(len(never) == 0 || known && e.is("must-understand")) &&
 		(req.Get("Authorization") == "" || len(shared) > 0 || e.is("public", "must-revalidate")) &&
 		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
 }
 
-// store puts what came, as the answer to req, into the file of e, if it may and there is use for it. old is what it
-// replaces, person tells whose its cookies are.
+// store puts what came, as the answer to req, into the file of e, if it may and there is use for it. old is
+// what it replaces, person tells whose its cookies are.
 func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Time, person func() string) {
 	if !came.storable(req) || came.size > c.limit {
 		return
@@ -351,7 +353,8 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 	e.req = &Head{Line: [3]string{"GET", "http://" + url, "HTTP/1.1"}}
 	e.req.Fields = append([]Field{{"Date", asked.UTC().Format(dateFormat)}}, e.varied(req)...)
 	e.assess(c.ttl)
-	if e.life <= 0 && e.seconds("stale-while-revalidate", 0) == 0 && e.Get("ETag")+e.Get("Last-Modified") == "" {
+	useful := e.life > 0 || e.seconds("stale-while-revalidate", 0) > 0
+	if !useful && e.Get("ETag")+e.Get("Last-Modified") == "" {
 		return
 	}
 	if e.Get("Vary") != "" {
@@ -421,8 +424,8 @@ func (e *Entry) run(c *Cache) {
 	}
 }
 
-// Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until all have
-// read it, nothing is stored, and the download waits for those who are too far behind.
+// Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until all
+// have read it, nothing is stored, and the download waits for those who are too far behind.
 func (e *Entry) Write(p []byte) (n int, err error) {
 	if !e.broken {
 		n, err = e.file.Write(p)
@@ -455,13 +458,15 @@ func (e *Entry) leave() (found bool) {
 	return found
 }
 
-// A cursor reads the body of an entry from at on, and waits for what has not arrived. ready are the bytes that have.
+// A cursor reads the body of an entry from at on, and waits for what has not arrived. ready are the bytes
+// that have.
 type cursor struct {
 	*Entry
 	at int64
 }
 
-// passing tells that the body comes from an origin for one client alone, inMemory returns n bytes of one in memory.
+// passing tells that the body comes from an origin for one client alone, inMemory returns n bytes of one in
+// memory.
 func (e *Entry) passing() bool { return e.source != nil && !e.shared }
 func (e *Entry) inMemory(off, n int64) []byte {
 	if e.source != nil || n < 0 || off+n > int64(len(e.memory)) {
@@ -470,8 +475,8 @@ func (e *Entry) inMemory(off, n int64) []byte {
 	return e.memory[off : off+n]
 }
 
-// updated is the head after a 304: its fields are in the place of the stored ones, but for those that describe the
-// body as it is stored (RFC 9111 §3.2).
+// updated is the head after a 304: its fields are in the place of the stored ones, but for those that
+// describe the body as it is stored (RFC 9111 §3.2).
 func (e *Entry) updated(res *Head) *Head {
 	res.Del("Content-Length", "Content-Encoding", "Content-Range")
 	h := e.Clone()
@@ -559,8 +564,8 @@ func (c *Cache) due(url string) bool {
 	return c.seen[url] >= c.uses
 }
 
-// trim counts the files, and removes what broken downloads have left an hour ago, and the least recently used if they
-// are too much. Only names that the cache itself makes count.
+// trim counts the files, and removes what broken downloads have left an hour ago, and the least recently used
+// if they are too much. Only names that the cache itself makes count.
 func (c *Cache) trim() {
 	unlock := c.lock()
 	files, size, before := []os.FileInfo(nil), int64(0), c.size

@@ -20,10 +20,11 @@ import (
 )
 
 const (
-	maxHead, maxFields = 64 << 10, 256    // bytes and fields of a head; browsers send up to 16 KiB of cookies, and 20
-	headWait           = 30 * time.Second // from a head's first byte to its last, however they trickle in
-	stallWait          = 60 * time.Second // for a request, for an idle connection's use, for any progress
-	tunnelWait         = 15 * time.Minute // for any progress of a tunnel
+	maxHead    = 64 << 10         // bytes of a head; browsers send up to 16 KiB of cookies
+	maxFields  = 256              // fields of one; browsers send about 20
+	headWait   = 30 * time.Second // from a head's first byte to its last, however they trickle in
+	stallWait  = 60 * time.Second // for a request, for an idle connection's use, for any progress
+	tunnelWait = 15 * time.Minute // for any progress of a tunnel
 
 	chunked, untilClose, endless = -1, -2, 1 << 62 // what framing returns besides a length; more than any
 )
@@ -33,8 +34,9 @@ var (
 	errLong   = errors.New("too long")
 )
 
-// An Error is what a client is told: a status and a sentence. must ends an exchange with one, fail with any error, by
-// a panic that attempt turns into an error again: so a check takes one line. Strings alone, as any would be allocated.
+// An Error is what a client is told: a status and a sentence. must ends an exchange with one, fail with any
+// error, by a panic that attempt turns into an error again: so a check takes one line. Strings alone, as any
+// would be allocated.
 type Error string
 
 func (e Error) Error() string { return string(e[4:]) }
@@ -66,9 +68,10 @@ type Head struct {
 }
 type Field struct{ Name, Value string }
 
-// readText reads a line, or lines up to an empty one, and returns them ended by LF alone, in one string that the parts
-// of a head share. It lets nothing pass that another program could take for the end of a line: that is how requests are
-// smuggled and answers split (RFC 9112 §2.2, §11). Where it is strict a bare LF is no end either.
+// readText reads a line, or lines up to an empty one, and returns them ended by LF alone, in one string that
+// the parts of a head share. It lets nothing pass that another program could take for the end of a line: that
+// is how requests are smuggled and answers split (RFC 9112 §2.2, §11). Where it is strict a bare LF is no end
+// either.
 func readText(r *bufio.Reader, lines, strict bool, long string) string {
 	var space [1 << 10]byte
 	text, start := space[:0], 0
@@ -77,7 +80,8 @@ func readText(r *bufio.Reader, lines, strict bool, long string) string {
 			var part []byte
 			part, err = r.ReadSlice('\n')
 			text = append(text, part...)
-			must(err != errLong && n < maxFields, choose(start > 0, "431 more than 256 fields, or 64 KiB", long))
+			tooLong := choose(start > 0, "431 more than 256 fields, or 64 KiB", long)
+			must(err != errLong && n < maxFields, tooLong)
 			if err != bufio.ErrBufferFull {
 				fail(noEOF(err))
 			}
@@ -128,8 +132,8 @@ func readHead(r *bufio.Reader, answer bool) *Head {
 	return h
 }
 
-// appendTo appends the head as it is written. More fields are given by name and value in turn; those that have no
-// value are left out, as Set does it, which puts them in the place of all of those names.
+// appendTo appends the head as it is written. More fields are given by name and value in turn; those that
+// have no value are left out, as Set does it, which puts them in the place of all of those names.
 func (h *Head) appendTo(b []byte, pairs ...string) []byte {
 	version := choose(h.Status == 0, h.Line[0], "HTTP/1.1") // an answer's is ours (RFC 9110 §6.2)
 	b = join(b, version, " ", h.Line[1], " ", h.Line[2], "\r\n")
@@ -162,13 +166,16 @@ func (h *Head) Set(pairs ...string) {
 	}
 }
 
-// list returns what commas separate in all fields of a name, commas in quoted strings aside (RFC 9110 §5.6.1).
+// list returns what commas separate in all fields of a name, commas in quoted strings aside (RFC 9110
+// §5.6.1).
 func (h *Head) list(name string) (elements []string) {
 	for _, f := range h.Fields {
 		for i, start, quoted := 0, 0, false; same(f.Name, name) && i <= len(f.Value); i++ {
 			if i == len(f.Value) || f.Value[i] == ',' && !quoted {
 				elements, start = append(elements, strings.Trim(f.Value[start:i], " \t")), i+1
-			} else if quoted = quoted != (f.Value[i] == '"'); quoted && f.Value[i] == '\\' && i+1 < len(f.Value) {
+			} else if f.Value[i] == '"' {
+				quoted = !quoted
+			} else if f.Value[i] == '\\' && quoted && i+1 < len(f.Value) {
 				i++
 			}
 		}
@@ -182,8 +189,8 @@ func (h *Head) keepAlive() bool { // RFC 9112 §9.3
 	return !oneOf("close", options...) && (!h.old() || oneOf("keep-alive", options...))
 }
 
-// endToEnd removes what concerns one connection only (RFC 9110 §7.6.1): what Connection names, but not what framing,
-// routing and caching need, as to name that is an attack; Trailer too, as trailers are dropped.
+// endToEnd removes what concerns one connection only (RFC 9110 §7.6.1): what Connection names, but not what
+// framing, routing and caching need, as to name that is an attack; Trailer too, as trailers are dropped.
 func (h *Head) endToEnd() {
 	h.Del(append(slices.DeleteFunc(h.list("Connection"), func(name string) bool {
 		return oneOf(name, "Host", "Content-Length", "Via", "Max-Forwards", "Cache-Control", "Vary")
@@ -191,19 +198,20 @@ func (h *Head) endToEnd() {
 		"Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade")...)
 }
 
-// framing decides, and nothing else does, where the body behind h ends (RFC 9112 §6.3): after a length, with the last
-// chunk, or with the connection. What two readers could take in two ways is refused: several lengths, one beside a
-// transfer coding, a coding in HTTP/1.0, or any but one chunked.
+// framing decides, and nothing else does, where the body behind h ends (RFC 9112 §6.3): after a length, with
+// the last chunk, or with the connection. What two readers could take in two ways is refused: several
+// lengths, one beside a transfer coding, a coding in HTTP/1.0, or any but one chunked.
 func (h *Head) framing(bodiless bool) int64 {
 	lengths, codings := h.list("Content-Length"), h.list("Transfer-Encoding")
 	length, ok := digits(append(lengths, "0")[0])
 	ok = ok && length < endless && len(lengths) < 2 && (len(lengths) == 0 || len(codings) == 0)
 	coding := strings.Join(codings, ", ")
 	must(ok, "400 Content-Length %.40q with Transfer-Encoding %.40q", strings.Join(lengths, ", "), coding)
-	plain := len(codings) == 1 && same(codings[0], "chunked") && !h.old()
-	other := h.Status != 0 && len(codings) == 1 && isToken(codings[0]) && !strings.Contains(codings[0], "chunk") &&
-		!oneOf(codings[0], "gzip", "deflate", "compress", "identity")
-	must(len(codings) == 0 || plain || other, "501 transfer coding %.40q is not supported, only chunked", coding)
+	plain := same(coding, "chunked") && !h.old()
+	other := h.Status != 0 && isToken(coding) && !strings.Contains(strings.ToLower(coding), "chunk") &&
+		!oneOf(coding, "gzip", "deflate", "compress", "identity")
+	ok = len(codings) == 0 || plain || other
+	must(ok, "501 transfer coding %.40q is not supported, only chunked", coding)
 	if bodiless || 100 <= h.Status && h.Status < 200 || h.Status == 204 || h.Status == 304 {
 		return 0
 	}
@@ -227,8 +235,8 @@ func authority(s string) string {
 	return host + ":" + strconv.FormatUint(n, 10)
 }
 
-// A Conn is a connection to a client or an origin on which nothing waits longer than wait, and the message that is
-// being read from it; expect begins its body, of a kind that framing has found.
+// A Conn is a connection to a client or an origin on which nothing waits longer than wait, and the message
+// that is being read from it; expect begins its body, of a kind that framing has found.
 type Conn struct {
 	net.Conn
 	r           *bufio.Reader
@@ -239,7 +247,7 @@ type Conn struct {
 	origin      string       // where it leads to, host:port
 	peer        string       // whom it leads to, without a port
 	client      *Conn        // whose request it carries
-	kind, left  int64        // what framing said, 0 after the last chunk; bytes to come of the body or a chunk
+	kind, left  int64        // what framing said, 0 after the last chunk; bytes to come, of it or a chunk
 	begun, last bool         // a chunk has been read, but for the CR LF behind it; no message follows
 	sending     atomic.Bool  // the body is being sent to an origin
 	failed      error        // how that has ended
@@ -301,9 +309,9 @@ func (b body) Read(p []byte) (n int, err error) {
 	return n, choose(b.whole() || b.kind == untilClose, err, noEOF(err))
 }
 
-// nextChunk reads what stands between two chunks' data, and behind the last one trailers. These are dropped, as
-// nothing may depend on them (RFC 9110 §6.5.1), and so are extensions: all that is not data has room for 16 bytes a
-// chunk and 64 KiB beyond, so nobody keeps us reading for nothing.
+// nextChunk reads what stands between two chunks' data, and behind the last one trailers. These are dropped,
+// as nothing may depend on them (RFC 9110 §6.5.1), and so are extensions: all that is not data has room for
+// 16 bytes a chunk and 64 KiB beyond, so nobody keeps us reading for nothing.
 func (b body) nextChunk() {
 	const long = "400 chunk extensions of more than 64 KiB"
 	must(!b.begun || readText(b.r, false, true, long) == "", "400 a chunk is longer than its size")
@@ -336,8 +344,8 @@ func (w chunkWriter) Write(p []byte) (int, error) {
 	return len(p), err
 }
 
-// send sends the body that comes on another connection, and then, in a tunnel, that nothing more comes. Where it
-// breaks off the connection is closed: a part must not be taken for the whole.
+// send sends the body that comes on another connection, and then, in a tunnel, that nothing more comes. Where
+// it breaks off the connection is closed: a part must not be taken for the whole.
 func (c *Conn) send(from *Conn) (n int64) {
 	to, end := io.Writer(c), ""
 	if from.kind == chunked {
@@ -355,7 +363,8 @@ func (c *Conn) send(from *Conn) (n int64) {
 	return n
 }
 
-// finished tells whether the body has come and been sent to its end; the answer may be a moment ahead of that.
+// finished tells whether the body has come and been sent to its end; the answer may be a moment ahead of
+// that.
 func (c *Conn) finished() bool {
 	for i := 0; i < 100 && c.sending.Load(); i++ {
 		time.Sleep(time.Millisecond)
@@ -388,18 +397,19 @@ func (o *Origins) take(address string) (taken *Conn) {
 	return taken
 }
 
-// alive tells whether an idle connection is open and silent: to ask the socket costs 0.5 µs. Windows, where read takes
-// a Handle, cannot be asked so; a request that fails is sent again there all the same.
+// alive tells whether an idle connection is open and silent: to ask the socket costs 0.5 µs. Windows, where
+// read takes a Handle, cannot be asked so; a request that fails is sent again there all the same.
 func alive[FD ~int | ~uintptr](c *Conn, read func(FD, []byte) (int, error)) bool {
 	raw, err := c.Conn.(*net.TCPConn).SyscallConn()
 	try := func(fd uintptr) bool { _, err = read(FD(fd), make([]byte, 1)); return true }
 	return os.PathSeparator == '\\' || err == nil && raw.Read(try) == nil && err == syscall.EAGAIN
 }
 
-// ask sends a client's request to an address, and returns the final answer's head and the connection that has its
-// body; interim ones go to tell. Only what may be sent twice (RFC 9110 §9.2.2) goes to an idle connection, and if that
-// was just closing once more to another.
-func (o *Origins) ask(address string, req *Head, client *Conn, tell func(*Head)) (res *Head, c *Conn, err error) {
+// ask sends a client's request to an address, and returns the final answer's head and the connection that has
+// its body; interim ones go to tell. Only what may be sent twice (RFC 9110 §9.2.2) goes to an idle
+// connection, and if that was just closing once more to another.
+func (o *Origins) ask(address string, req *Head, client *Conn,
+	tell func(*Head)) (res *Head, c *Conn, err error) {
 	twice := client.kind == 0 && oneOf(req.Line[0], "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
 	if c = o.take(choose(twice, address, "")); c == nil {
 		nc, err := o.Dial("tcp", address)
