@@ -332,13 +332,14 @@ func (c *Cache) invalidate(url string) {
 
 // storable tells whether a shared cache may store e, the answer to req (RFC 9111 §3).
 func (e *Entry) storable(req *Head) bool {
-	never, shared := e.arguments("no-store", "must-understand"), e.arguments("s-maxage")
-	known := slices.Contains(heuristic, e.Status)
+	known, part := slices.Contains(heuristic, e.Status), extent.MatchString(e.Get("Content-Range"))
+	if len(e.arguments("no-store", "must-understand")) > 0 && !(known && e.is("must-understand")) {
+		return false
+	}
+	shared := e.arguments("s-maxage")
 	explicit := len(shared) > 0 || len(e.arguments("max-age")) > 0 || e.Get("Expires") != ""
-	part := e.size >= 0 && extent.MatchString(e.Get("Content-Range"))
-	return (e.Status != 206 || part) && e.Status != 304 &&
+	return e.Status != 304 && (e.Status != 206 || part && e.size >= 0) &&
 		!req.is("no-store") && !e.is("private") && !e.has("Vary", "*") &&
-		(len(never) == 0 || known && e.is("must-understand")) &&
 		(req.Get("Authorization") == "" || len(shared) > 0 || e.is("public", "must-revalidate")) &&
 		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
 }
