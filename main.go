@@ -362,15 +362,16 @@ func (x *exchange) file(name string) *Entry {
 	name = strings.NewReplacer(`\`, `"`, "%", `\x`).Replace(name) // %20 becomes \x20, a backslash an error
 	name, err := strconv.Unquote(`"` + name + `"`)
 	ip, _ := netip.ParseAddr(x.c.peer)
-	inCache := strings.HasPrefix(path.Join(*files, name), path.Clean(*dir)+"/")
-	if *files == "" || err != nil || !ip.Unmap().IsLoopback() || inCache || strings.Contains("/"+name, "/.") {
+	if *files == "" || err != nil || !ip.Unmap().IsLoopback() || strings.Contains("/"+name, "/.") {
 		return nil
 	}
 	root, err := os.OpenRoot(*files)
 	fail(err)
 	defer root.Close()
+	parent, _ := root.Stat(path.Dir(name))
+	store, _ := os.Stat(*dir)
 	info, err := root.Stat(name)
-	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
+	if err != nil || !info.Mode().IsRegular() || os.SameFile(parent, store) { // a pipe would hold us up
 		return nil
 	}
 	e := page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
@@ -622,9 +623,10 @@ func (x *exchange) send(e *Entry) error {
 
 // tunnel joins a client and an origin until both have had their say.
 func (x *exchange) tunnel() *Entry {
-	x.code = "TCP_TUNNEL"
+	x.code = "TCP_MISS"
 	nc, err := origins.Dial("tcp", x.address)
 	x.reached(err)
+	x.code = "TCP_TUNNEL"
 	o := newConn(nc, x.address)
 	defer o.Close()
 	x.peer, x.status = "HIER_DIRECT/"+o.peer, 200

@@ -720,7 +720,7 @@ func TestAccessLog(t *testing.T) {
 		{func() { p.ask("POST", b, "", "x") }, `TCP_MISS/200 POST URL/b` + asked + `text/plain`},
 		{say(request("http://"+dead+"/", "")), `TCP_MISS/502 GET http://DEAD/ HIER_NONE/- text/plain`},
 		{say("CONNECT " + dead + " HTTP/1.1\r\nHost: x\r\n\r\n"),
-			`TCP_[A-Z]+/502 CONNECT DEAD HIER_NONE/- text/plain`},
+			`TCP_MISS/502 CONNECT DEAD HIER_NONE/- text/plain`},
 		{func() {
 			w := p.dial()
 			w.say("CONNECT " + o.host + " HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -964,6 +964,12 @@ func TestDirectRequests(t *testing.T) {
 	a := p.get("http://"+o.host+"/a//b?q=1", "")
 	eq(t, "a /host/path is stored for all", a.body+a.Get("Cache-Status")[:10], "a and bproxy; hit")
 	eq(t, "requests", o.count("/a//b"), 1)
+	name := strings.ReplaceAll(filepath.Base(p.entry("http://"+o.host+"/a//b?q=1")), "%", "%25")
+	a = p.dial().answerTo("GET /cache/" + name + " HTTP/1.1\r\nHost: " + p.addr + "\r\n\r\n")
+	eq(t, "the cache's own files", a.status, 404)
+	inside := startIn(t, p.cache, "-cache", p.cache)
+	a = inside.dial().answerTo("GET /" + name + " HTTP/1.1\r\nHost: " + inside.addr + "\r\n\r\n")
+	eq(t, "the cache's own files, by another path", a.status, 404)
 	w := bare.dial()
 	eq(t, "no files", w.answerTo("GET /.clock HTTP/1.1\r\nHost: "+bare.addr+"\r\n\r\n").status, 404)
 	w = p.dial()
