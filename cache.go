@@ -1,7 +1,7 @@
 package main
 
-// The store and the rules of caching (RFC 9111). What is stored is one file, a transcript of the request and
-// the answer, under the URL's name: the file system is the index. Nothing here knows of sockets.
+// The store and the rules of caching (RFC 9111). What is stored is one file, a transcript of the request
+// and the answer, under the URL's name: the file system is the index. Nothing here knows of sockets.
 import (
 	"bufio"
 	"cmp"
@@ -32,12 +32,13 @@ var (
 	now    = time.Now // tests move it
 	extent = regexp.MustCompile(`^bytes (\d+)-(\d+)/(\d+)$`)
 	span   = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
-	// Statuses of answers that may be stored though they do not say how long they are fresh (RFC 9110 §15.1).
+	// What may be stored though it does not say how long it is fresh (RFC 9110 §15.1).
 	heuristic = []int{200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501}
 )
 
-// An Entry is an answer: a head, and a body in memory, in a file, or on its way from source. What goes into a
-// file on its way is read as it grows by all who ask for it, each at its own pace: none depends on another.
+// An Entry is an answer: a head, and a body in memory, in a file, or on its way from source. What goes
+// into a file on its way is read as it grows by all who ask for it, each at its own pace: none depends on
+// another.
 type Entry struct {
 	*Head
 	req        *Head         // of a stored one: its URL, when it was asked for, and what Vary selects by
@@ -79,8 +80,8 @@ func (c *Cache) lock() (unlock func())  { c.Lock(); return c.Unlock }
 func (c *Cache) path(key string) string { return c.dir + "/" + fileName(key) }
 
 // fileName returns the name of the file for a key: a URL without its scheme, and after a line feed what a
-// variant adds. "/" becomes "_", as in the lab; upper case, "_" and most else is escaped: no two keys share a
-// file on any system, and no name is hidden, ends in a dot, or is a device's on Windows.
+// variant adds. "/" becomes "_", as in the lab; upper case, "_" and most else is escaped: no two keys
+// share a file on any system, and no name is hidden, ends in a dot, or is a device's on Windows.
 func fileName(key string) string {
 	url, variant, _ := strings.Cut(key, "\n")
 	stem, _, _ := strings.Cut(url, ".")
@@ -102,8 +103,8 @@ func fileName(key string) string {
 	return string(name) + variant
 }
 
-// varied returns the fields of req that Vary names (RFC 9111 §4.1), in one spelling for what means the same:
-// lines joined, no space around commas; languages and codings in any case and order.
+// varied returns the fields of req that Vary names (RFC 9111 §4.1), in one spelling for what means the
+// same: lines joined, no space around commas; languages and codings in any case and order.
 func (e *Entry) varied(req *Head) []Field {
 	var h Head
 	for _, name := range e.list("Vary") {
@@ -119,9 +120,9 @@ func (e *Entry) varied(req *Head) []Field {
 func (e *Entry) holds(req *Head) bool      { status, _, _ := e.part(req); return status != 0 }
 func (e *Entry) selectedBy(req *Head) bool { return slices.Equal(e.varied(e.req), e.varied(req)) }
 
-// lookup returns the entry that req selects, or nil, and the key for one. Under the URL itself is one whose
-// Vary tells what selects, others are beside it, by a hash. A part of that is new with each first one: after
-// an invalidation the variants of before are out of reach.
+// lookup returns the entry that req selects, or nil, and the key for one. Under the URL itself is one
+// whose Vary tells what selects, others are beside it, by a hash. A part of that is new with each first
+// one: after an invalidation the variants of before are out of reach.
 func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int64) {
 	unlock := c.lock()
 	key, changes = url, c.changes
@@ -139,8 +140,8 @@ func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int
 	return e, key, changes
 }
 
-// find returns what is under a key: on its way, in memory, or in the file. Memory is good for a second, so
-// what is removed, or replaced by another process, is soon forgotten here too.
+// find returns what is under a key: on its way, in memory, or in the file. Memory is good for a second,
+// so what is removed, or replaced by another process, is soon forgotten here too.
 func (c *Cache) find(key string) *Entry {
 	unlock := c.lock()
 	e, changes := c.under[key], c.changes
@@ -168,8 +169,8 @@ func (c *Cache) find(key string) *Entry {
 	return choose(err == nil, e, nil)
 }
 
-// open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL in
-// it, its size from Content-Length. Its time tells trim when it was last used.
+// open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
+// in it, its size from Content-Length. Its time tells trim when it was last used.
 func (c *Cache) open(name string) (e *Entry) {
 	info, err := os.Lstat(c.dir + "/" + name)
 	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
@@ -197,7 +198,8 @@ func (c *Cache) open(name string) (e *Entry) {
 }
 
 // arguments returns those of the directives of some names in Cache-Control, "" for one that has none; is
-// tells whether there is one without, seconds the first as a number, 0 for a malformed one (RFC 9111 §4.2.1).
+// tells whether there is one without, seconds the first as a number, 0 for a malformed one (RFC 9111
+// §4.2.1).
 func (h *Head) arguments(names ...string) (all []string) {
 	for _, directive := range h.list("Cache-Control") {
 		if name, argument, _ := strings.Cut(directive, "="); oneOf(name, names...) {
@@ -214,8 +216,8 @@ func (h *Head) seconds(name string, otherwise int64) int64 {
 	return min(otherwise, maxSeconds)
 }
 
-// httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly but for case and the day's
-// name, as Unix seconds, 0 if it is none.
+// httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly but for case and the
+// day's name, as Unix seconds, 0 if it is none.
 func httpDate(s string) int64 {
 	if s == "" {
 		return 0
@@ -229,9 +231,9 @@ func httpDate(s string) int64 {
 	return 0
 }
 
-// assess works out what an answer says about time (RFC 9111 §4.2). Its age counts from the earlier of Date
-// and when it was 0 by Age. Where nothing says how long it is fresh, a tenth of the time since its last
-// change, at most a week, is a fair guess.
+// assess works out what an answer says about time (RFC 9111 §4.2). Its age counts from the earlier of
+// Date and when it was 0 by Age. Where nothing says how long it is fresh, a tenth of the time since its
+// last change, at most a week, is a fair guess.
 func (e *Entry) assess(ttl int64) {
 	age, _ := digits(append(e.list("Age"), "")[0])
 	date, expires := httpDate(e.Get("Date")), e.Get("Expires")
@@ -277,8 +279,8 @@ func (e *Entry) standsIn(req *Head, status int) bool {
 }
 
 // part returns which n bytes of the body, from off on, answer req, with status 206 or 416; 304 if its
-// condition says that it has them (RFC 9110 §13.2.2, RFC 9111 §4.3.2); else all, also where several ranges
-// are wanted. Status 0 means that what is stored is a part (206), and not the one.
+// condition says that it has them (RFC 9110 §13.2.2, RFC 9111 §4.3.2); else all, also where several
+// ranges are wanted. Status 0 means that what is stored is a part (206), and not the one.
 func (e *Entry) part(req *Head) (status int, off, n int64) {
 	tags, tag := req.list("If-None-Match"), strings.TrimPrefix(e.Get("ETag"), "W/")
 	changed, had := cmp.Or(e.Get("Last-Modified"), e.Get("Date")), httpDate(req.Get("If-Modified-Since"))
@@ -306,7 +308,8 @@ func (e *Entry) part(req *Head) (status int, off, n int64) {
 }
 
 // claim takes part in what is on its way under a key. If nothing is, the caller has to lead: to ask the
-// origin, and then to call store or drop. It is nil if something has been stored since changes were counted.
+// origin, and then to call store or drop. It is nil if something has been stored since changes were
+// counted.
 func (c *Cache) claim(key string, changes int64) (e *Entry, leads bool) {
 	defer c.lock()()
 	if e = c.under[key]; e == nil && c.changes == changes {
@@ -344,8 +347,8 @@ func (e *Entry) storable(req *Head) bool {
 		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
 }
 
-// store puts what came, as the answer to req, into the file of e, if it may and there is use for it. old is
-// what it replaces, person tells whose its cookies are.
+// store puts what came, as the answer to req, into the file of e, if it may and there is use for it. old
+// is what it replaces, person tells whose its cookies are.
 func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Time, person func() string) {
 	if !came.storable(req) || came.size > c.limit {
 		return
@@ -425,8 +428,8 @@ func (e *Entry) run(c *Cache) {
 	}
 }
 
-// Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until all
-// have read it, nothing is stored, and the download waits for those who are too far behind.
+// Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until
+// all have read it, nothing is stored, and the download waits for those who are too far behind.
 func (e *Entry) Write(p []byte) (n int, err error) {
 	if !e.broken {
 		n, err = e.file.Write(p)
@@ -466,8 +469,8 @@ type cursor struct {
 	at int64
 }
 
-// passing tells that the body comes from an origin for one client alone, inMemory returns n bytes of one in
-// memory.
+// passing tells that the body comes from an origin for one client alone, inMemory returns n bytes of one
+// in memory.
 func (e *Entry) passing() bool { return e.source != nil && !e.shared }
 func (e *Entry) inMemory(off, n int64) []byte {
 	if e.source != nil || n < 0 || off+n > int64(len(e.memory)) {
@@ -565,8 +568,8 @@ func (c *Cache) due(url string) bool {
 	return c.seen[url] >= c.uses
 }
 
-// trim counts the files, and removes what broken downloads have left an hour ago, and the least recently used
-// if they are too much. Only names that the cache itself makes count.
+// trim counts the files, and removes what broken downloads have left an hour ago, and the least recently
+// used if they are too much. Only names that the cache itself makes count.
 func (c *Cache) trim() {
 	unlock := c.lock()
 	files, size, before := []os.FileInfo(nil), int64(0), c.size

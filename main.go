@@ -1,8 +1,9 @@
 // Proxy is a caching HTTP/1.1 forward proxy. Usage: proxy [flags] [port | host:port]
 //
-// A bare port, 8899 if none is given, is opened to this machine only, ":8899" to the network; proxy -h lists
-// the flags. Requests are logged to stdout in Squid's native format, what concerns the operator to stderr.
-// Here is the life of a request; request.go is HTTP on the wire, cache.go the store and its rules.
+// A bare port, 8899 if none is given, is opened to this machine only, ":8899" to the network; proxy -h
+// lists the flags. Requests are logged to stdout in Squid's native format, what concerns the operator to
+// stderr. Here is the life of a request; request.go is HTTP on the wire, cache.go the store and its
+// rules.
 package main
 
 import (
@@ -186,8 +187,8 @@ func client(c *Conn) {
 }
 
 // An exchange is a request and its answer. It asks address, host:port, for path; url, both without the
-// scheme, is the key in the cache. The outcome is code and peer in the words of Squid's log, why in those of
-// Cache-Status.
+// scheme, is the key in the cache. The outcome is code and peer in the words of Squid's log, why in those
+// of Cache-Status.
 type exchange struct {
 	c                                         *Conn
 	req, own                                  *Head // own is the answer's head if it is not the entry's
@@ -304,7 +305,8 @@ func (x *exchange) host() string   { return strings.TrimSuffix(x.address, ":80")
 func portOf(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
 func hostOf(address string) string { host, _, _ := net.SplitHostPort(address); return host }
 
-// control refuses a blocked origin: before anything is asked, and by the address that is dialed in the end.
+// control refuses a blocked origin: before anything is asked, and by the address that is dialed in the
+// end.
 func control(_, address string, _ syscall.RawConn) error {
 	return choose[error](blocked(hostOf(address)), Error("403 "+address+" is blocked"), nil)
 }
@@ -330,9 +332,9 @@ func blocked(host string) bool {
 	})
 }
 
-// local answers a request to the proxy itself, or turns it into one to the origin that its path begins with.
-// Only if Host names us: else a page elsewhere could read what is meant for this machine, by a name of its
-// own that leads here (DNS rebinding).
+// local answers a request to the proxy itself, or turns it into one to the origin that its path begins
+// with. Only if Host names us: else a page elsewhere could read what is meant for this machine, by a name
+// of its own that leads here (DNS rebinding).
 func (x *exchange) local(us string) *Entry {
 	ip, _ := netip.ParseAddr(hostOf(us))
 	here := x.c.LocalAddr().String()
@@ -382,8 +384,8 @@ func (x *exchange) file(name string) *Entry {
 	return e
 }
 
-// cached answers from the store where it may (RFC 9111 §4), or from what is on its way there; else it asks.
-// Where it is no client that asks, but we behind its back, what is stale is never good enough.
+// cached answers from the store where it may (RFC 9111 §4), or from what is on its way there; else it
+// asks. Where it is no client that asks, but we behind its back, what is stale is never good enough.
 func (x *exchange) cached() *Entry {
 	for {
 		e, key, changes := cache.lookup(x.url, x.req)
@@ -432,8 +434,8 @@ func (x *exchange) refresh() {
 	body.Close()
 }
 
-// outgoing is the request as the origin gets it. It asks whether what is stored is still good in the place of
-// what the client has (RFC 9111 §4.3.1); validates tells that it does.
+// outgoing is the request as the origin gets it. It asks whether what is stored is still good in the
+// place of what the client has (RFC 9111 §4.3.1); validates tells that it does.
 func (x *exchange) outgoing(stored *Entry) (h *Head, validates bool) {
 	h = x.req.Clone()
 	h.Line = [3]string{x.req.Line[0], x.path, "HTTP/1.1"}
@@ -449,8 +451,8 @@ func (x *exchange) outgoing(stored *Entry) (h *Head, validates bool) {
 	return h, validates
 }
 
-// fetch asks the origin. With d the answer is stored if it may be. What is stored is validated, and stands in
-// where the origin fails.
+// fetch asks the origin. With d the answer is stored if it may be. What is stored is validated, and
+// stands in where the origin fails.
 func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	defer func() {
 		if e != stored {
@@ -542,8 +544,8 @@ func (x *exchange) reached(err error) {
 	must(false, choose(late, "504", "502")+" %s: %s", x.address, err.Error())
 }
 
-// selected is the head of the answer as the request's conditions and range have it, and which n bytes of the
-// body from off on go with it.
+// selected is the head of the answer as the request's conditions and range have it, and which n bytes of
+// the body from off on go with it.
 func (x *exchange) selected(e *Entry) (h *Head, off, n int64) {
 	h, n = cmp.Or(x.own, e.Head), e.size
 	status, extent := 0, ""
@@ -571,7 +573,7 @@ func (x *exchange) selected(e *Entry) (h *Head, off, n int64) {
 }
 
 // send writes an answer.
-func (x *exchange) send(e *Entry) error {
+func (x *exchange) send(e *Entry) (err error) {
 	h, off, n := x.selected(e)
 	none, head, old := h.Status == 204 || h.Status == 304, x.req.Line[0] == "HEAD", x.req.old()
 	silent := none || head && (n < 0 || e.passing()) // of a length, but for what the origin said
@@ -598,14 +600,11 @@ func (x *exchange) send(e *Entry) error {
 		}
 		x.sent, n = x.sent+n, 0
 	}
-	_, err := c.Write(c.out)
-	for part := range slices.Chunk(e.inMemory(off, n), 256<<10) { // without a copy
-		if err == nil {
-			_, err = c.Write(part)
-			x.sent, n = x.sent+int64(len(part)), 0
-		}
+	if data := e.inMemory(off, n); len(data) > 0 {
+		x.sent, err = c.writeAll(c.out, data)
+		return err
 	}
-	if n == 0 || err != nil {
+	if _, err := c.Write(c.out); n == 0 || err != nil {
 		return err
 	}
 	to, end := io.Writer(c), ""

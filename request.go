@@ -34,9 +34,9 @@ var (
 	errLong   = errors.New("too long")
 )
 
-// An Error is what a client is told: a status and a sentence. must ends an exchange with one, fail with any
-// error, by a panic that attempt turns into an error again: so a check takes one line. Strings alone, as any
-// would be allocated.
+// An Error is what a client is told: a status and a sentence. must ends an exchange with one, fail with
+// any error, by a panic that attempt turns into an error again: so a check takes one line. Strings alone,
+// as any would be allocated.
 type Error string
 
 func (e Error) Error() string { return string(e[4:]) }
@@ -68,10 +68,10 @@ type Head struct {
 }
 type Field struct{ Name, Value string }
 
-// readText reads a line, or lines up to an empty one, and returns them ended by LF alone, in one string that
-// the parts of a head share. It lets nothing pass that another program could take for the end of a line: that
-// is how requests are smuggled and answers split (RFC 9112 §2.2, §11). Where it is strict a bare LF is no end
-// either.
+// readText reads a line, or lines up to an empty one, and returns them ended by LF alone, in one string
+// that the parts of a head share. It lets nothing pass that another program could take for the end of a
+// line: that is how requests are smuggled and answers split (RFC 9112 §2.2, §11). Where it is strict a
+// bare LF is no end either.
 func readText(r *bufio.Reader, lines, strict bool, long string) string {
 	var space [1 << 10]byte
 	text, start := space[:0], 0
@@ -189,8 +189,9 @@ func (h *Head) keepAlive() bool { // RFC 9112 §9.3
 	return !oneOf("close", options...) && (!h.old() || oneOf("keep-alive", options...))
 }
 
-// endToEnd removes what concerns one connection only (RFC 9110 §7.6.1): what Connection names, but not what
-// framing, routing and caching need, as to name that is an attack; Trailer too, as trailers are dropped.
+// endToEnd removes what concerns one connection only (RFC 9110 §7.6.1): what Connection names, but not
+// what framing, routing and caching need, as to name that is an attack; Trailer too, as trailers are
+// dropped.
 func (h *Head) endToEnd() {
 	h.Del(append(slices.DeleteFunc(h.list("Connection"), func(name string) bool {
 		return oneOf(name, "Host", "Content-Length", "Via", "Max-Forwards", "Cache-Control", "Vary")
@@ -198,9 +199,9 @@ func (h *Head) endToEnd() {
 		"Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade")...)
 }
 
-// framing decides, and nothing else does, where the body behind h ends (RFC 9112 §6.3): after a length, with
-// the last chunk, or with the connection. What two readers could take in two ways is refused: several
-// lengths, one beside a transfer coding, a coding in HTTP/1.0, or any but one chunked.
+// framing decides, and nothing else does, where the body behind h ends (RFC 9112 §6.3): after a length,
+// with the last chunk, or with the connection. What two readers could take in two ways is refused:
+// several lengths, one beside a transfer coding, a coding in HTTP/1.0, or any but one chunked.
 func (h *Head) framing(bodiless bool) int64 {
 	lengths, codings := h.list("Content-Length"), h.list("Transfer-Encoding")
 	length, ok := digits(append(lengths, "0")[0])
@@ -219,7 +220,8 @@ func (h *Head) framing(bodiless bool) int64 {
 	return choose(plain, chunked, length)
 }
 
-// authority reads host[:port], and returns it in one spelling: lower case, IPv6 as in RFC 5952, with a port.
+// authority reads host[:port], and returns it in one spelling: lower case, IPv6 as in RFC 5952, with a
+// port.
 func authority(s string) string {
 	host, port := strings.ToLower(s), "80"
 	if i := strings.LastIndexByte(host, ':'); i > strings.LastIndexByte(host, ']') {
@@ -235,8 +237,8 @@ func authority(s string) string {
 	return host + ":" + strconv.FormatUint(n, 10)
 }
 
-// A Conn is a connection to a client or an origin on which nothing waits longer than wait, and the message
-// that is being read from it; expect begins its body, of a kind that framing has found.
+// A Conn is a connection to a client or an origin on which nothing waits longer than wait, and the
+// message that is being read from it; expect begins its body, of a kind that framing has found.
 type Conn struct {
 	net.Conn
 	r           *bufio.Reader
@@ -279,6 +281,19 @@ func (c *Conn) expect(kind int64) {
 }
 func (c *Conn) whole() bool { return c.left == 0 && c.kind != chunked }
 
+// writeAll writes a head and all of a body at once, without a copy, but for pieces that a slow reader can take in
+// time.
+func (c *Conn) writeAll(head, data []byte) (n int64, err error) {
+	for len(data) > 0 && err == nil {
+		piece := net.Buffers{head, data[:min(len(data), 256<<10)]}
+		head, data = nil, data[len(piece[1]):]
+		c.extend()
+		written, failed := piece.WriteTo(c.Conn)
+		n, err = n+written, failed
+	}
+	return n, err
+}
+
 // next reads the next head. Begun, it has to be whole in headWait.
 func (c *Conn) next(answer bool) (h *Head, err error) {
 	c.room = maxHead
@@ -309,9 +324,9 @@ func (b body) Read(p []byte) (n int, err error) {
 	return n, choose(b.whole() || b.kind == untilClose, err, noEOF(err))
 }
 
-// nextChunk reads what stands between two chunks' data, and behind the last one trailers. These are dropped,
-// as nothing may depend on them (RFC 9110 §6.5.1), and so are extensions: all that is not data has room for
-// 16 bytes a chunk and 64 KiB beyond, so nobody keeps us reading for nothing.
+// nextChunk reads what stands between two chunks' data, and behind the last one trailers. These are
+// dropped, as nothing may depend on them (RFC 9110 §6.5.1), and so are extensions: all that is not data
+// has room for 16 bytes a chunk and 64 KiB beyond, so nobody keeps us reading for nothing.
 func (b body) nextChunk() {
 	const long = "400 chunk extensions of more than 64 KiB"
 	must(!b.begun || readText(b.r, false, true, long) == "", "400 a chunk is longer than its size")
@@ -344,8 +359,8 @@ func (w chunkWriter) Write(p []byte) (int, error) {
 	return len(p), err
 }
 
-// send sends the body that comes on another connection, and then, in a tunnel, that nothing more comes. Where
-// it breaks off the connection is closed: a part must not be taken for the whole.
+// send sends the body that comes on another connection, and then, in a tunnel, that nothing more comes.
+// Where it breaks off the connection is closed: a part must not be taken for the whole.
 func (c *Conn) send(from *Conn) (n int64) {
 	to, end := io.Writer(c), ""
 	if from.kind == chunked {
@@ -381,7 +396,8 @@ type Origins struct {
 
 func (o *Origins) lock() (unlock func()) { o.Lock(); return o.Unlock }
 
-// take returns an idle connection to an address, or nil, and closes those that were not needed for too long.
+// take returns an idle connection to an address, or nil, and closes those that were not needed for too
+// long.
 func (o *Origins) take(address string) (taken *Conn) {
 	defer o.lock()()
 	unused := time.Now().Add(-stallWait).UnixNano()
@@ -397,16 +413,16 @@ func (o *Origins) take(address string) (taken *Conn) {
 	return taken
 }
 
-// alive tells whether an idle connection is open and silent: to ask the socket costs 0.5 µs. Windows, where
-// read takes a Handle, cannot be asked so; a request that fails is sent again there all the same.
+// alive tells whether an idle connection is open and silent: to ask the socket costs 0.5 µs. Windows,
+// where read takes a Handle, cannot be asked so; a request that fails is sent again there all the same.
 func alive[FD ~int | ~uintptr](c *Conn, read func(FD, []byte) (int, error)) bool {
 	raw, err := c.Conn.(*net.TCPConn).SyscallConn()
 	try := func(fd uintptr) bool { _, err = read(FD(fd), make([]byte, 1)); return true }
 	return os.PathSeparator == '\\' || err == nil && raw.Read(try) == nil && err == syscall.EAGAIN
 }
 
-// ask sends a client's request to an address, and returns the final answer's head and the connection that has
-// its body; interim ones go to tell. Only what may be sent twice (RFC 9110 §9.2.2) goes to an idle
+// ask sends a client's request to an address, and returns the final answer's head and the connection that
+// has its body; interim ones go to tell. Only what may be sent twice (RFC 9110 §9.2.2) goes to an idle
 // connection, and if that was just closing once more to another.
 func (o *Origins) ask(address string, req *Head, client *Conn,
 	tell func(*Head)) (res *Head, c *Conn, err error) {
