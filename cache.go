@@ -71,9 +71,8 @@ type Cache struct {
 	changes       int64 // of what is stored, so far
 	inMemory      int64 // bytes
 	trimming      bool
-	under, memory map[string]*Entry // on their way, and held in memory
-	seen          map[string]int    // GETs since
-	since         time.Time
+	under, memory map[string]*Entry      // on their way, and held in memory
+	seen          map[string][]time.Time // the latest GETs, if uses are counted
 }
 
 func (c *Cache) lock() (unlock func())  { c.Lock(); return c.Unlock }
@@ -540,16 +539,14 @@ func (e *Entry) Close() error {
 		return e.source.Close()
 	}
 	defer cache.lock()()
-	if e.users--; e.users > 0 || e.file == nil {
+	e.users--
+	if e.more.Broadcast(); e.users > 0 || e.file == nil {
 		return nil
 	} else if e.err != nil {
 		return e.file.Close()
 	} else if b, ok := e.source.(body); ok && (e.size < 0 || e.off+e.size-e.taken > 1<<20) {
 		e.leave()
 		b.Conn.Conn.Close()
-	}
-	if e.broken {
-		e.more.Broadcast()
 	}
 	return nil
 }
@@ -560,12 +557,12 @@ func (c *Cache) due(url string) bool {
 		return true
 	}
 	defer c.lock()()
-	if now().Sub(c.since) > 10*time.Minute || len(c.seen) > 1<<16 {
-		clear(c.seen)
-		c.since = now()
+	if len(c.seen) > 1<<16 {
+		clear(c.seen) // to count anew is cheaper than to find out which are old
 	}
-	c.seen[url]++
-	return c.seen[url] >= c.uses
+	times := append(c.seen[url], now())
+	c.seen[url] = times[max(0, len(times)-c.uses):]
+	return len(times) >= c.uses && now().Sub(c.seen[url][0]) <= 10*time.Minute
 }
 
 // trim counts the files, and removes what broken downloads have left an hour ago, and the least recently
@@ -586,8 +583,8 @@ func (c *Cache) trim() {
 	slices.SortFunc(files, func(a, b os.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
 	enough := choose(size > c.limit, c.limit-c.limit/16, c.limit) // so that it is not done again at once
 	for ; size > enough && len(files) > 0; files = files[1:] {
-		name := files[0].Name() // nil if it is not ours
-		if e := c.open(name); e != nil && e.Close() == nil && os.Remove(c.dir+"/"+name) == nil {
+		name := files[0].Name()
+		if e := c.open(name); e != nil && e.Close() == nil && os.Remove(c.dir+"/"+name) == nil { // it was ours
 			size -= files[0].Size()
 		}
 	}

@@ -45,7 +45,7 @@ var (
 	block = flag.String("block", "", "hosts, domains, addresses and CIDRs refused: a `list` or @file")
 	auth  = flag.String("auth", "", "`user:password` that clients must give, or @file")
 
-	cache   = Cache{under: map[string]*Entry{}, memory: map[string]*Entry{}, seen: map[string]int{}}
+	cache   = Cache{under: map[string]*Entry{}, memory: map[string]*Entry{}, seen: map[string][]time.Time{}}
 	origins = Origins{Dialer: net.Dialer{Timeout: 10 * time.Second, Control: control}}
 	name    = "proxy-" + strings.ToLower(rand.Text()[:6]) // our pseudonym in Via
 	hosts   = map[string]bool{}                           // blocked, with all below them

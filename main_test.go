@@ -3023,10 +3023,14 @@ func TestFullDisk(t *testing.T) {
 		var half sync.WaitGroup
 		half.Add(5)
 		go func() { half.Wait(); close(s.rest) }()
-		together(5, func(int) {
+		together(5, func(i int) {
 			res, err := p.begin(o.url(path), "", len(body)/2)
 			if half.Done(); err != nil {
 				t.Errorf("%s: %v", fields, err)
+				return
+			} else if i == 0 { // leaves the others to it, after they have waited for it
+				time.Sleep(100 * time.Millisecond)
+				res.Body.Close()
 				return
 			}
 			a := whole(res)
