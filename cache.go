@@ -584,7 +584,8 @@ func (c *Cache) trim() {
 	enough := choose(size > c.limit, c.limit-c.limit/16, c.limit) // so that it is not done again at once
 	for ; size > enough && len(files) > 0; files = files[1:] {
 		name := files[0].Name()
-		if e := c.open(name); e != nil && e.Close() == nil && os.Remove(c.dir+"/"+name) == nil { // it was ours
+		e := c.open(name) // nil if it is not ours
+		if e != nil && e.Close() == nil && os.Remove(c.dir+"/"+name) == nil {
 			size -= files[0].Size()
 		}
 	}
