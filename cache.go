@@ -22,10 +22,10 @@ const (
 	temporary  = "+download-"                              // begins the names of files that are not whole
 	plain      = "abcdefghijklmnopqrstuvwxyz0123456789-./" // what stands for itself in the name of a file
 	dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
-	maxSeconds = 1 << 31  // of an age or a lifetime (RFC 9111 §1.2.2)
-	maxObject  = 1 << 20  // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
-	maxMemory  = 16 << 20 // bytes of all these
-	maxBehind  = 1 << 20  // bytes that are kept for the slowest reader where the file does not take them
+	maxSeconds = 1 << 31   // of an age or a lifetime (RFC 9111 §1.2.2)
+	maxObject  = 1 << 20   // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
+	maxMemory  = 16 << 20  // bytes of all these
+	maxBehind  = 256 << 10 // bytes that are kept for the slowest reader where the file does not take them
 )
 
 var (
@@ -444,7 +444,7 @@ func (e *Entry) Write(p []byte) (n int, err error) {
 			needed, begun = min(needed, r.at), begun+choose(r.at < endless, 1, 0)
 		}
 		if done := min(needed-e.taken, int64(len(e.memory))); done > 0 && begun >= e.users {
-			e.taken, e.memory = e.taken+done, e.memory[done:]
+			e.taken, e.memory = e.taken+done, e.memory[:copy(e.memory, e.memory[done:])]
 		}
 		if len(e.memory) <= maxBehind {
 			break

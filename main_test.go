@@ -3040,7 +3040,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	if m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status); err == nil && !racing() {
-		if kib, _ := strconv.Atoi(string(m[1])); kib > 100<<10 {
+		if kib, _ := strconv.Atoi(string(m[1])); kib > 40<<10 {
 			t.Errorf("%d KiB were resident", kib)
 		}
 	}

@@ -281,7 +281,7 @@ func (c *Conn) expect(kind int64) {
 }
 func (c *Conn) whole() bool { return c.left == 0 && c.kind != chunked }
 
-// writeAll writes a head and all of a body at once, without a copy, in pieces that a slow reader takes in time.
+// writeAll writes a head and all of a body at once, not copied, in pieces that a slow reader takes in time.
 func (c *Conn) writeAll(head, data []byte) (n int64, err error) {
 	for len(data) > 0 && err == nil {
 		piece := net.Buffers{head, data[:min(len(data), 256<<10)]}
