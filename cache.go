@@ -29,9 +29,9 @@ const (
 )
 
 var (
-	now    = time.Now // tests move it
-	extent = regexp.MustCompile(`^bytes (\d+)-(\d+)/(\d+)$`)
-	span   = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
+	now     = time.Now // tests move it
+	extents = regexp.MustCompile(`^bytes (\d+)-(\d+)/(\d+)$`)
+	span    = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
 	// What may be stored though it does not say how long it is fresh (RFC 9110 §15.1).
 	heuristic = []int{200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501}
 )
@@ -58,7 +58,7 @@ type Entry struct {
 	users      int       // of it
 	cursors    []*cursor // theirs, while it is on its way
 	broken     bool      // the file does not take more
-	read       time.Time // when it was read into memory
+	used, read time.Time // when its file was last used, and read into memory
 }
 
 // A Cache is a directory of entries.
@@ -151,7 +151,13 @@ func (c *Cache) find(key string) *Entry {
 	}
 	if unlock(); e != nil {
 		return e
-	} else if e = c.open(fileName(key)); e == nil || e.size > maxObject {
+	} else if e = c.open(fileName(key)); e == nil {
+		return nil
+	}
+	if t := now(); t.Sub(e.used) > time.Minute { // which trim goes by
+		os.Chtimes(e.file.Name(), t, t)
+	}
+	if e.size > maxObject {
 		return e
 	}
 	memory := make([]byte, e.size)
@@ -169,7 +175,7 @@ func (c *Cache) find(key string) *Entry {
 }
 
 // open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
-// in it, its size from Content-Length. Its time tells trim when it was last used.
+// in it, its size from Content-Length.
 func (c *Cache) open(name string) (e *Entry) {
 	info, err := os.Lstat(c.dir + "/" + name)
 	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
@@ -178,7 +184,8 @@ func (c *Cache) open(name string) (e *Entry) {
 	file, _ := os.Open(c.dir + "/" + name) // nil reads as an error
 	in := bufio.NewReader(io.LimitReader(file, 4*maxHead))
 	if attempt(func() {
-		e = &Entry{file: file, req: readHead(in, false), Head: readHead(in, true), users: 1, err: io.EOF}
+		e = &Entry{file: file, used: info.ModTime(), users: 1, err: io.EOF}
+		e.req, e.Head = readHead(in, false), readHead(in, true)
 		e.size, _ = digits(e.Get("Content-Length"))
 		e.off, _ = file.Seek(-int64(in.Buffered()), io.SeekCurrent)
 		e.taken = e.off + e.size
@@ -187,9 +194,6 @@ func (c *Cache) open(name string) (e *Entry) {
 	}) != nil {
 		file.Close()
 		return nil
-	}
-	if t := now(); t.Sub(info.ModTime()) > time.Minute {
-		os.Chtimes(file.Name(), t, t)
 	}
 	e.assess(c.ttl)
 	e.Del("Age", "Content-Length")
@@ -244,12 +248,25 @@ func (e *Entry) assess(ttl int64) {
 		e.life = max(ttl, min((date-cmp.Or(httpDate(e.Get("Last-Modified")), date))/10, 7*24*3600))
 	}
 	e.life = choose(e.is("no-cache"), 0, e.seconds("s-maxage", e.seconds("max-age", e.life)))
-	if field := extent.FindStringSubmatch(e.Get("Content-Range")); field != nil && e.Status == 206 {
-		e.first, _ = digits(field[1])
-		last, _ := digits(field[2])
-		e.all, _ = digits(field[3])
-		e.all = choose(last == e.all-1, e.first+e.size, e.all) // what came counts, not what was announced
+	if e.Status == 206 {
+		e.extent()
 	}
+}
+
+// extent reads from Content-Range where a part belongs, and tells whether it has that size. Origins that
+// count a byte too many at the end are forgiven.
+func (e *Entry) extent() bool {
+	field := extents.FindStringSubmatch(e.Get("Content-Range"))
+	if field == nil {
+		return false
+	}
+	e.first, _ = digits(field[1])
+	last, _ := digits(field[2])
+	e.all, _ = digits(field[3])
+	if last == e.all-1 && last == e.first+e.size {
+		last, e.all = last-1, e.all-1
+	}
+	return last == e.first+e.size-1 && last < e.all
 }
 
 // judge tells whether a stored answer may be used as it is, with "", else why not, in the words of
@@ -328,20 +345,22 @@ func (c *Cache) invalidate(url string) {
 	defer c.lock()()
 	delete(c.under, url)
 	delete(c.memory, url)
-	os.Remove(c.path(url))
-	c.changes++
+	if c.changes++; os.Remove(c.path(url)) != nil { // e.g., the directory is read-only
+		os.Truncate(c.path(url), 0)
+	}
 }
 
 // storable tells whether a shared cache may store e, the answer to req (RFC 9111 §3).
 func (e *Entry) storable(req *Head) bool {
-	known, part := slices.Contains(heuristic, e.Status), extent.MatchString(e.Get("Content-Range"))
+	known, part := slices.Contains(heuristic, e.Status), e.Status == 206 && e.extent()
 	if len(e.arguments("no-store", "must-understand")) > 0 && !(known && e.is("must-understand")) {
 		return false
 	}
 	shared := e.arguments("s-maxage")
 	explicit := len(shared) > 0 || len(e.arguments("max-age")) > 0 || e.Get("Expires") != ""
-	return e.Status != 304 && (e.Status != 206 || part && e.size >= 0) &&
-		!req.is("no-store") && !e.is("private") && !e.has("Vary", "*") &&
+	ours := func(name string) bool { return oneOf(name, "*", "Date", "Generation", "From") }
+	return e.Status != 304 && (e.Status != 206 || part) && len(e.Fields) < maxFields-8 &&
+		!slices.ContainsFunc(e.list("Vary"), ours) && !req.is("no-store") && !e.is("private") &&
 		(req.Get("Authorization") == "" || len(shared) > 0 || e.is("public", "must-revalidate")) &&
 		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
 }
@@ -430,8 +449,10 @@ func (e *Entry) run(c *Cache) {
 // Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until
 // all have read it, nothing is stored, and the download waits for those who are too far behind.
 func (e *Entry) Write(p []byte) (n int, err error) {
-	if !e.broken {
+	if !e.broken && e.taken+int64(len(p)) <= cache.limit {
 		n, err = e.file.Write(p)
+	} else if !e.broken {
+		err = errLong
 	}
 	defer cache.lock()()
 	if e.taken, e.memory = e.taken+int64(n), append(e.memory, p[n:]...); err != nil {
@@ -580,14 +601,18 @@ func (c *Cache) trim() {
 			os.Remove(c.dir + "/" + name)
 		}
 	}
+	if size > c.limit {
+		files = slices.DeleteFunc(files, func(info os.FileInfo) bool { // what is not ours does not count
+			e := c.open(info.Name())
+			size -= choose(e == nil, info.Size(), 0)
+			return e == nil || e.Close() != nil
+		})
+	}
 	slices.SortFunc(files, func(a, b os.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
 	enough := choose(size > c.limit, c.limit-c.limit/16, c.limit) // so that it is not done again at once
 	for ; size > enough && len(files) > 0; files = files[1:] {
-		name := files[0].Name()
-		e := c.open(name) // nil if it is not ours
-		if e != nil && e.Close() == nil && os.Remove(c.dir+"/"+name) == nil {
-			size -= files[0].Size()
-		}
+		os.Remove(c.dir + "/" + files[0].Name())
+		size -= files[0].Size()
 	}
 	defer c.lock()()
 	c.size, c.files, c.trimming = size+c.size-before, int64(len(files)), false

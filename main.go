@@ -152,8 +152,9 @@ func configure() (address string) {
 	for _, entry := range strings.FieldsFunc(*block, func(c rune) bool { return c <= ' ' || c == ',' }) {
 		ip, err := netip.ParseAddr(strings.Trim(entry, "[]"))
 		cidr := choose(err == nil, fmt.Sprintf("%v/%d", ip.Unmap(), ip.Unmap().BitLen()), entry)
-		if prefix, err := netip.ParsePrefix(cidr); err == nil {
-			nets = append(nets, prefix)
+		if n, err := netip.ParsePrefix(cidr); err == nil {
+			bits := choose(n.Addr().Is4In6(), max(0, n.Bits()-96), n.Bits())
+			nets = append(nets, netip.PrefixFrom(n.Addr().Unmap(), bits))
 		} else {
 			must(!strings.Contains(entry, ":"), "400 -block: %q is no host or CIDR", entry)
 			hosts[hostOf(authority(strings.Trim(entry, ".")))] = true
@@ -165,6 +166,7 @@ func configure() (address string) {
 // client answers the requests of one connection, one after another.
 func client(c *Conn) {
 	defer c.Close()
+	reset := false
 	for keep := true; keep && !closing.Load(); {
 		req, err := c.next(false)
 		if _, told := err.(Error); err != nil && !told {
@@ -174,11 +176,15 @@ func client(c *Conn) {
 		x := &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
 		e := x.try(func() *Entry { fail(err); return x.answer() })
 		if e != nil && x.send(e) != nil {
-			x.code, x.keep = x.code+"_ABORTED", false
+			x.code, x.keep, reset = x.code+"_ABORTED", false, x.req.old()
 		}
 		x.log()
 		keep = x.keep
 		active.Add(-1)
+	}
+	if reset { // nothing else shows in HTTP/1.0 that an answer is cut
+		c.Conn.(*net.TCPConn).SetLinger(0)
+		return
 	}
 	// Closed at once, with bytes unread, it would be reset, and the answer lost (RFC 9112 §9.6).
 	c.Conn.(*net.TCPConn).CloseWrite()
@@ -387,7 +393,7 @@ func (x *exchange) file(name string) *Entry {
 // cached answers from the store where it may (RFC 9111 §4), or from what is on its way there; else it
 // asks. Where it is no client that asks, but we behind its back, what is stale is never good enough.
 func (x *exchange) cached() *Entry {
-	for {
+	for waited := (*Entry)(nil); ; {
 		e, key, changes := cache.lookup(x.url, x.req)
 		why, refresh := choose(key == x.url, "uri-miss", "vary-miss"), false
 		if e != nil {
@@ -415,12 +421,14 @@ func (x *exchange) cached() *Entry {
 		d, leads := cache.claim(key, changes)
 		if leads {
 			return x.fetch(e, d, why)
-		} else if e.Close(); d != nil { // it is on its way already: wait until it is known what it is
-			if <-d.ready; !d.shared {
-				return x.fetch(nil, nil, why)
+		} else if d != nil { // something is on its way already: wait until it is known what it is
+			if <-d.ready; !d.shared || d == waited { // not for others, or not for this one
+				return x.fetch(e, nil, why)
 			}
-			x.why = "proxy; fwd=" + why + "; collapsed"
+			waited, x.why = d, "proxy; fwd="+why+"; collapsed"
 		}
+		e.Close()
+		must(d == nil || !x.behind, "504 another refreshes it")
 	}
 }
 
@@ -526,18 +534,18 @@ func (x *exchange) person() string {
 	return fmt.Sprintf("%.8x", sha256.Sum256([]byte(all)))
 }
 
-// reached ends the exchange where err says that the origin failed.
+// reached ends the exchange where err says that the origin failed, or rather that the client did.
 func (x *exchange) reached(err error) {
 	if err == nil {
 		return
 	}
 	told, dns := Error("502"), (*net.DNSError)(nil)
 	errors.As(err, &told)
-	if malformed, ok := x.c.failed.(Error); ok && x.c.kind != 0 && !x.c.finished() && !x.c.sending.Load() {
-		panic(malformed) // the request's body
-	} else if strings.HasPrefix(string(told), "403") {
-		panic(told)
+	if x.c.kind != 0 && !x.c.finished() && !x.c.sending.Load() && x.c.cut != nil {
+		must(!os.IsTimeout(x.c.cut), "408 the rest of the request's body has not come")
+		panic(x.c.cut)
 	}
+	must(!strings.HasPrefix(string(told), "403"), string(told))
 	unknown := errors.As(err, &dns) && dns.IsNotFound
 	must(!x.direct || !unknown, "404 neither a file nor a host: %s", x.address)
 	late := strings.HasPrefix(string(told), "408") || os.IsTimeout(err)

@@ -26,6 +26,8 @@ const (
 	stallWait  = 60 * time.Second // for a request, for an idle connection's use, for any progress
 	tunnelWait = 15 * time.Minute // for any progress of a tunnel
 
+	hostChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._"
+
 	chunked, untilClose, endless = -1, -2, 1 << 62 // what framing returns besides a length; more than any
 )
 
@@ -81,7 +83,7 @@ func readText(r *bufio.Reader, lines, strict bool, long string) string {
 			part, err = r.ReadSlice('\n')
 			text = append(text, part...)
 			tooLong := choose(start > 0, "431 more than 256 fields, or 64 KiB", long)
-			must(err != errLong && n < maxFields, tooLong)
+			must(err != errLong && n < maxFields+2, tooLong)
 			if err != bufio.ErrBufferFull {
 				fail(noEOF(err))
 			}
@@ -183,7 +185,7 @@ func (h *Head) list(name string) (elements []string) {
 	return elements
 }
 func (h *Head) has(name, element string) bool { return oneOf(element, h.list(name)...) }
-func (h *Head) old() bool                     { return h.Line[0] == "HTTP/1.0" || h.Line[2] == "HTTP/1.0" }
+func (h *Head) old() bool                     { return h.Line[choose(h.Status == 0, 2, 0)] == "HTTP/1.0" }
 func (h *Head) keepAlive() bool { // RFC 9112 §9.3
 	options := append(h.list("Connection"), h.list("Proxy-Connection")...)
 	return !oneOf("close", options...) && (!h.old() || oneOf("keep-alive", options...))
@@ -223,18 +225,18 @@ func (h *Head) framing(bodiless bool) int64 {
 // authority reads host[:port], and returns it in one spelling: lower case, IPv6 as in RFC 5952, with a
 // port.
 func authority(s string) string {
-	host, port := strings.ToLower(s), "80"
+	host, port := s, "80"
 	if i := strings.LastIndexByte(host, ':'); i > strings.LastIndexByte(host, ']') {
 		host, port = host[:i], host[i+1:]
 	}
 	n, err := strconv.ParseUint(port, 10, 16)
-	ok := host != "" && strings.Trim(host, "abcdefghijklmnopqrstuvwxyz0123456789-._") == ""
+	ok := host != "" && strings.Trim(host, hostChars) == "" // before lower case makes a k of a Kelvin sign
 	if strings.HasPrefix(host, "[") && strings.HasSuffix(host, "]") {
 		ip, _ := netip.ParseAddr(host[1 : len(host)-1])
 		host, ok = "["+ip.String()+"]", ip.Is6() && ip.Zone() == ""
 	}
-	must(ok && err == nil && n > 0, "400 %.200q is no host with or without a port", s)
-	return host + ":" + strconv.FormatUint(n, 10)
+	must(ok && err == nil && n > 0, "400 %+.200q is no host with or without a port", s)
+	return strings.ToLower(host) + ":" + strconv.FormatUint(n, 10)
 }
 
 // A Conn is a connection to a client or an origin on which nothing waits longer than wait, and the
@@ -252,7 +254,7 @@ type Conn struct {
 	kind, left  int64        // what framing said, 0 after the last chunk; bytes to come, of it or a chunk
 	begun, last bool         // a chunk has been read, but for the CR LF behind it; no message follows
 	sending     atomic.Bool  // the body is being sent to an origin
-	failed      error        // how that has ended
+	failed, cut error        // how that has ended, and what broke the reading of the body
 }
 
 func newConn(nc net.Conn, origin string) *Conn {
@@ -320,7 +322,10 @@ func (b body) Read(p []byte) (n int, err error) {
 		n, err = io.LimitReader(b.r, b.left).Read(p)
 		b.left -= int64(n)
 	}
-	return n, choose(b.whole() || b.kind == untilClose, err, noEOF(err))
+	if err = choose(b.whole() || b.kind == untilClose, err, noEOF(err)); err != nil && err != io.EOF {
+		b.cut = err
+	}
+	return n, err
 }
 
 // nextChunk reads what stands between two chunks' data, and behind the last one trailers. These are
@@ -359,7 +364,8 @@ func (w chunkWriter) Write(p []byte) (int, error) {
 }
 
 // send sends the body that comes on another connection, and then, in a tunnel, that nothing more comes.
-// Where it breaks off the connection is closed: a part must not be taken for the whole.
+// Where it breaks off the connection is closed: a part must not be taken for the whole. But where it is
+// not taken any more there may be an answer to it.
 func (c *Conn) send(from *Conn) (n int64) {
 	to, end := io.Writer(c), ""
 	if from.kind == chunked {
@@ -370,7 +376,7 @@ func (c *Conn) send(from *Conn) (n int64) {
 	}
 	if from.failed == nil && from.kind == untilClose {
 		c.Conn.(*net.TCPConn).CloseWrite()
-	} else if !from.whole() {
+	} else if from.cut != nil || from.failed != nil && from.kind == untilClose {
 		c.Conn.Close()
 	}
 	from.sending.Store(false)
@@ -422,35 +428,44 @@ func alive[FD ~int | ~uintptr](c *Conn, read func(FD, []byte) (int, error)) bool
 
 // ask sends a client's request to an address, and returns the final answer's head and the connection that
 // has its body; interim ones go to tell. Only what may be sent twice (RFC 9110 §9.2.2) goes to an idle
-// connection, and if that was just closing once more to another.
+// connection, and if that was just closing once more to a new one.
 func (o *Origins) ask(address string, req *Head, client *Conn,
 	tell func(*Head)) (res *Head, c *Conn, err error) {
 	twice := client.kind == 0 && oneOf(req.Line[0], "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
-	if c = o.take(choose(twice, address, "")); c == nil {
-		nc, err := o.Dial("tcp", address)
-		if err != nil {
+	for again := twice; ; again = false {
+		if c = o.take(choose(again, address, "")); c == nil {
+			nc, err := o.Dial("tcp", address)
+			if err != nil {
+				return nil, nil, err
+			}
+			c, again = newConn(nc, address), false
+		}
+		if res, err = c.ask(req, client, tell); err == nil {
+			return res, c, nil
+		} else if c.Close(); !again || err != errSilent {
 			return nil, nil, err
 		}
-		c, twice = newConn(nc, address), false
 	}
+}
+
+// ask does this on one connection.
+func (c *Conn) ask(req *Head, client *Conn, tell func(*Head)) (res *Head, err error) {
 	c.client, c.out = client, req.appendTo(c.out[:0])
 	_, unsent := c.Write(c.out)
 	if client.kind != 0 && unsent == nil {
 		client.sending.Store(true)
 		go c.send(client) // the answer may come before its end (RFC 9112 §9.5)
 	}
-	for res, err = c.next(true); err == nil; res, err = c.next(true) {
-		if err = attempt(func() { c.expect(res.framing(req.Line[0] == "HEAD")) }); err != nil {
-			break
+	for {
+		if res, err = c.next(true); err != nil {
+			return nil, err
+		} else if err = attempt(func() { c.expect(res.framing(req.Line[0] == "HEAD")) }); err != nil {
+			return nil, err
 		} else if c.last = unsent != nil || !res.keepAlive(); res.Status >= 200 {
-			return res, c, nil
+			return res, nil
 		}
 		tell(res)
 	}
-	if c.Close(); twice && err == errSilent {
-		return o.ask(address, req, client, tell)
-	}
-	return nil, nil, err
 }
 
 func choose[T any](first bool, a, b T) T {
