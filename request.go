@@ -250,7 +250,7 @@ type Conn struct {
 	out         []byte       // the head that is written; kept for the room that the next has in it
 	origin      string       // where it leads to, host:port
 	peer        string       // whom it leads to, without a port
-	client      *Conn        // whose request it carries
+	client      *Conn        // whose request's body it carries
 	kind, left  int64        // what framing said, 0 after the last chunk; bytes to come, of it or a chunk
 	begun, last bool         // a chunk has been read, but for the CR LF behind it; no message follows
 	sending     atomic.Bool  // the body is being sent to an origin
@@ -346,7 +346,7 @@ func (b body) nextChunk() {
 
 // Close keeps an origin's connection for another request if this one is over, and nothing more is said.
 func (b body) Close() error {
-	if !b.whole() || b.last || b.r.Buffered() > 0 || !b.client.finished() {
+	if !b.whole() || b.last || b.r.Buffered() > 0 || b.client != nil && !b.client.finished() {
 		return b.Conn.Close()
 	}
 	b.extend()
@@ -450,9 +450,10 @@ func (o *Origins) ask(address string, req *Head, client *Conn,
 
 // ask does this on one connection.
 func (c *Conn) ask(req *Head, client *Conn, tell func(*Head)) (res *Head, err error) {
-	c.client, c.out = client, req.appendTo(c.out[:0])
+	c.client, c.out = nil, req.appendTo(c.out[:0])
 	_, unsent := c.Write(c.out)
 	if client.kind != 0 && unsent == nil {
+		c.client = client
 		client.sending.Store(true)
 		go c.send(client) // the answer may come before its end (RFC 9112 §9.5)
 	}
