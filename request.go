@@ -262,10 +262,10 @@ func newConn(nc net.Conn, origin string) *Conn {
 	c.r = bufio.NewReader(c)
 	return c
 }
-func (c *Conn) extend() { // once in a quarter of the wait, as it costs 0.3 µs
+func (c *Conn) extend() { // once in a sixteenth of the wait, as it costs 0.3 µs
 	if t := time.Now(); t.UnixNano() > c.renew.Load() {
-		c.renew.Store(t.Add(c.wait / 4).UnixNano())
-		c.SetDeadline(t.Add(c.wait * 5 / 4))
+		c.renew.Store(t.Add(c.wait / 16).UnixNano())
+		c.SetDeadline(t.Add(c.wait + c.wait/16))
 	}
 }
 func (c *Conn) Write(p []byte) (int, error) { c.extend(); return c.Conn.Write(p) }
