@@ -26,7 +26,7 @@ import (
 	"os"
 	"os/signal"
 	"path"
-	"runtime/debug"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -64,7 +64,10 @@ var (
 func main() {
 	log.SetFlags(0)
 	log.SetPrefix("proxy: ")
-	debug.SetGCPercent(400) // for the 16 MiB that are in use at most; hits are a third faster than with 100
+	// Never touched it takes no memory, but the collector waits until as much more is in use: hits are a
+	// third faster.
+	ballast := make([]byte, 12<<20)
+	defer runtime.KeepAlive(ballast)
 	journal.outcomes, journal.begun = map[string]int{}, now()
 	address := ""
 	if err := attempt(func() { address = configure() }); err != nil {
@@ -595,7 +598,7 @@ func (x *exchange) send(e *Entry) (err error) {
 	}
 	c, body := x.c, e.from(off)
 	defer body.Close()
-	c.out = h.appendTo(c.out[:0], "Content-Length", length, "Transfer-Encoding",
+	c.out = h.appendTo(choose(cap(c.out) > 2<<10, nil, c.out[:0]), "Content-Length", length, "Transfer-Encoding",
 		choose(!silent && n < 0 && !old, "chunked", ""), "Age", age, "Via", choose(x.why != "", via(h), ""),
 		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
 	x.status, x.kind, x.sent = h.Status, h.Get("Content-Type"), int64(len(c.out))
