@@ -598,7 +598,8 @@ func (x *exchange) send(e *Entry) (err error) {
 	}
 	c, body := x.c, e.from(off)
 	defer body.Close()
-	c.out = h.appendTo(choose(cap(c.out) > 2<<10, nil, c.out[:0]), "Content-Length", length, "Transfer-Encoding",
+	c.out = choose(cap(c.out) > 2<<10, nil, c.out[:0]) // an idle client costs no more
+	c.out = h.appendTo(c.out, "Content-Length", length, "Transfer-Encoding",
 		choose(!silent && n < 0 && !old, "chunked", ""), "Age", age, "Via", choose(x.why != "", via(h), ""),
 		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
 	x.status, x.kind, x.sent = h.Status, h.Get("Content-Type"), int64(len(c.out))
