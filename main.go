@@ -684,14 +684,15 @@ func (x *exchange) log() {
 
 const statusPage = `<!DOCTYPE html><html lang=en><meta charset=utf-8><title>proxy</title>
 <meta name=viewport content="width=device-width"><meta name=color-scheme content="light dark">
-<meta http-equiv=refresh content=5><style>
+<meta http-equiv=refresh content=5><link rel=icon href=data:,><style>
 body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:auto;padding:1em}
 table{width:100%%;border-collapse:collapse}
-td{padding:0 1em .2em 0;vertical-align:top;overflow-wrap:anywhere}td:last-child{width:60%%}
+td{padding:0 1em .2em 0;vertical-align:top;white-space:nowrap}
+td:last-child{width:60%%;white-space:normal;overflow-wrap:anywhere}
 i{display:block;height:1.2em;background:#38a169;border-radius:3px}</style>
-<h1>proxy</h1><p>%s since %s; %d MiB of them came from the cache.
+<h1>proxy</h1><p>%s since %s; %.1f MB of them came from the cache.
 <p>In the last five minutes %d%% of %d requests were hits.
-<p>The cache has %d files, %d of %d MiB:<i style="width:%d%%"></i>
+<p>The cache has %d files, %.1f of %.1f MB:<i style="width:%d%%"></i>
 <h2>Outcomes</h2><table>%s</table><h2>Busiest hosts</h2><table>%s</table>
 <h2>Latest requests</h2><table>%s</table>`
 
@@ -719,8 +720,8 @@ func status() string {
 			latest += fmt.Sprintf("<tr><td>%s<td>%s<td>%s ms<td>%s %s", at, f[3], f[1], f[5], f[6])
 		}
 	}
-	return fmt.Sprintf(statusPage, totals, journal.begun.Format(time.DateTime), journal.saved>>20,
-		hits*100/max(1, recent), recent, cache.files, cache.size>>20, cache.limit>>20,
+	return fmt.Sprintf(statusPage, totals, journal.begun.Format(time.DateTime), float64(journal.saved)/1e6,
+		hits*100/max(1, recent), recent, cache.files, float64(cache.size)/1e6, float64(cache.limit)/1e6,
 		cache.size*100/max(1, cache.limit), bars(journal.outcomes), bars(hosts), latest)
 }
 
