@@ -497,12 +497,8 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	if method != "HEAD" && status != 304 { // it says how much there would be
 		res.Del("Content-Length")
 	}
-	if !oneOf(method, "GET", "HEAD", "OPTIONS", "TRACE") && status < 400 { // RFC 9111 §4.4
-		for _, reference := range []string{x.path, res.Get("Location"), res.Get("Content-Location")} {
-			if path := strings.TrimPrefix(reference, "http://"+x.host()); strings.HasPrefix(path, "/") {
-				cache.invalidate(x.host() + path)
-			}
-		}
+	if !oneOf(method, "GET", "HEAD", "OPTIONS", "TRACE") && status < 400 {
+		x.invalidate(x.path, res.Get("Location"), res.Get("Content-Location"))
 	}
 	x.code = choose(why == "request", "TCP_CLIENT_REFRESH_MISS", x.code)
 	x.code = choose(validates, "TCP_REFRESH_MODIFIED", x.code)
@@ -526,6 +522,15 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 		go d.run(&cache)
 	}
 	return d
+}
+
+// invalidate forgets what is stored for references to the same origin, as it has changed (RFC 9111 §4.4).
+func (x *exchange) invalidate(references ...string) {
+	for _, reference := range references {
+		if path := strings.TrimPrefix(reference, "http://"+x.host()); strings.HasPrefix(path, "/") {
+			cache.invalidate(x.host() + path)
+		}
+	}
 }
 
 // via is what RFC 9110 §7.6.3 has us say of a message.
