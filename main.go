@@ -214,6 +214,9 @@ func (x *exchange) try(step func() *Entry) (e *Entry) {
 	if err != nil {
 		told, ok := err.(Error)
 		told = choose(ok, told, Error("502 "+err.Error()))
+		if bug, is := err.(runtime.Error); is {
+			log.Printf("a bug: %v", bug)
+		}
 		status, _ := strconv.Atoi(string(told[:3]))
 		x.code = choose(slices.Contains([]int{401, 403, 407}, status), "TCP_DENIED", x.code)
 		x.why, x.own, e = "", nil, page(status, "text/plain; charset=utf-8", told.Error()+"\n")
@@ -551,6 +554,8 @@ func (x *exchange) reached(err error) {
 	errors.As(err, &told)
 	if x.c.kind != 0 && !x.c.finished() && !x.c.sending.Load() && x.c.cut != nil {
 		must(!os.IsTimeout(x.c.cut), "408 the rest of the request's body has not come")
+		_, malformed := x.c.cut.(Error)
+		must(malformed, "400 the request's body breaks off")
 		panic(x.c.cut)
 	}
 	must(!strings.HasPrefix(string(told), "403"), string(told))

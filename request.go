@@ -57,7 +57,11 @@ func fail(err error) {
 	}
 }
 func attempt(do func()) (err error) {
-	defer func() { err, _ = recover().(error) }() // a bug, too, ends an exchange and not the program
+	defer func() {
+		if failure := recover(); failure != nil {
+			err = failure.(error) // a bug, too, ends an exchange and not the program
+		}
+	}()
 	do()
 	return nil
 }
