@@ -247,39 +247,17 @@ func page(status int, kind, text string) *Entry {
 //  5. what is stored answers, or a download under way
 //  6. else the origin does
 func (x *exchange) answer() *Entry {
-	req, method, target := x.req, x.req.Line[0], x.req.Line[1]
-	kind, named := req.framing(false), req.list("Host")
-	one := len(named) == 1 || len(named) == 0 && req.old()
-	must(one, "400 Host must name one host, not %.200q", strings.Join(named, ", "))
-	us := authority(append(named, "localhost")[0])
-	x.direct = target[0] == '/' || target == "*" && method == "OPTIONS"
-	if x.path = target; method == "CONNECT" {
-		x.address = authority(target)
-		must(strings.HasSuffix(target, ":"+portOf(x.address)), "400 %.200q has no port", target)
-	} else if !x.direct {
-		ok := len(target) > 7 && strings.EqualFold(target[:7], "http://") && !strings.Contains(target, "#")
-		must(ok, "400 %.200q is not a http:// URL", target)
-		x.aim(target[7:])
-	}
-	// The connection is closed after what fails above, and after a CONNECT whatever comes of it.
-	x.c.expect(kind)
-	x.keep = req.keepAlive() && method != "CONNECT"
-	must(!blocked(x.c.peer), "403 clients at %s are refused", x.c.peer)
-	field := choose(x.direct, "Authorization", "Proxy-Authorization")
-	if *auth != "" && target != "/proxy.pac" {
-		scheme, token, _ := strings.Cut(req.Get(field), " ")
-		ok := subtle.ConstantTimeCompare([]byte(strings.TrimLeft(token, " ")), []byte(*auth)) == 1
-		must(ok && same(scheme, "Basic"), choose(x.direct, "401", "407")+" credentials are needed")
-		req.Del(field) // it was for us
-	}
-	must(!blocked(hostOf(x.address)), "403 %s is blocked", x.address)
+	req, method := x.req, x.req.Line[0]
+	us := x.route() // 1
+	x.admit()       // 2
 	if method == "CONNECT" {
-		return x.tunnel()
+		return x.tunnel() // 3
 	}
 	again := func(via string) bool { return strings.HasSuffix(via, " "+name) }
 	must(!slices.ContainsFunc(req.list("Via"), again), "508 this request has been here before")
 	expect := req.Get("Expect")
 	must(expect == "" || same(expect, "100-continue"), "417 no support of %.200q", expect)
+	kind := x.c.kind
 	if kind == chunked && expect == "" { // with a bad first chunk nothing at all is sent on
 		body{x.c}.nextChunk()
 	}
@@ -292,15 +270,51 @@ func (x *exchange) answer() *Entry {
 	}
 	if req.endToEnd(); x.direct {
 		if e := x.local(us); e != nil {
-			return e
+			return e // 4
 		}
 	}
 	x.code = "TCP_MISS"
 	known := method == "GET" || method == "HEAD"
 	if !known || kind != 0 || cmp.Or(req.Get("If-Match"), req.Get("If-Unmodified-Since")) != "" {
-		return x.fetch(nil, nil, choose(known, "bypass", "method"))
+		return x.fetch(nil, nil, choose(known, "bypass", "method")) // 6
 	}
-	return x.cached()
+	return x.cached() // 5
+}
+
+// route reads what is asked for from the request target, in its four forms, and Host (RFC 9112 §3.2),
+// which it returns. The connection is closed after what fails here, as nobody knows where the next
+// request begins, and after a CONNECT whatever comes of it.
+func (x *exchange) route() (us string) {
+	method, target, named := x.req.Line[0], x.req.Line[1], x.req.list("Host")
+	kind := x.req.framing(false)
+	one := len(named) == 1 || len(named) == 0 && x.req.old()
+	must(one, "400 Host must name one host, not %.200q", strings.Join(named, ", "))
+	us = authority(append(named, "localhost")[0])
+	x.direct = target[0] == '/' || target == "*" && method == "OPTIONS"
+	if x.path = target; method == "CONNECT" {
+		x.address = authority(target)
+		must(strings.HasSuffix(target, ":"+portOf(x.address)), "400 %.200q has no port", target)
+	} else if !x.direct {
+		ok := len(target) > 7 && strings.EqualFold(target[:7], "http://") && !strings.Contains(target, "#")
+		must(ok, "400 %.200q is not a http:// URL", target)
+		x.aim(target[7:])
+	}
+	x.c.expect(kind)
+	x.keep = x.req.keepAlive() && method != "CONNECT"
+	return us
+}
+
+// admit decides who may ask, and for what.
+func (x *exchange) admit() {
+	must(!blocked(x.c.peer), "403 clients at %s are refused", x.c.peer)
+	field := choose(x.direct, "Authorization", "Proxy-Authorization")
+	if *auth != "" && x.req.Line[1] != "/proxy.pac" { // a browser that needs it has no credentials yet
+		scheme, token, _ := strings.Cut(x.req.Get(field), " ")
+		ok := subtle.ConstantTimeCompare([]byte(strings.TrimLeft(token, " ")), []byte(*auth)) == 1
+		must(ok && same(scheme, "Basic"), choose(x.direct, "401", "407")+" credentials are needed")
+		x.req.Del(field) // it was for us
+	}
+	must(!blocked(hostOf(x.address)), "403 %s is blocked", x.address)
 }
 
 // aim takes a URL without its scheme apart.
