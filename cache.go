@@ -132,7 +132,7 @@ func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int
 		e.Close()
 		e = c.find(key)
 	}
-	if e != nil && (!e.selectedBy(req) || e.Status == 206 && !e.holds(req)) {
+	if e != nil && (key != url && !e.selectedBy(req) || e.Status == 206 && !e.holds(req)) {
 		e.Close()
 		e = nil
 	}
@@ -482,13 +482,6 @@ func (e *Entry) leave() (found bool) {
 	return found
 }
 
-// A cursor reads the body of an entry from at on, and waits for what has not arrived. ready are the bytes
-// that have.
-type cursor struct {
-	*Entry
-	at int64
-}
-
 // passing tells that the body comes from an origin for one client alone, inMemory returns n bytes of one
 // in memory.
 func (e *Entry) passing() bool { return e.source != nil && !e.shared }
@@ -509,6 +502,13 @@ func (e *Entry) updated(res *Head) *Head {
 	}
 	h.Fields = append(h.Fields, res.Fields...)
 	return h
+}
+
+// A cursor reads the body of an entry from at on, and waits for what has not arrived. ready are the bytes
+// that have.
+type cursor struct {
+	*Entry
+	at int64
 }
 
 // from returns a reader of the body from off on. To close it ends the use of the entry.

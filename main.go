@@ -220,8 +220,8 @@ func (x *exchange) try(step func() *Entry) (e *Entry) {
 		status, _ := strconv.Atoi(string(told[:3]))
 		x.code = choose(slices.Contains([]int{401, 403, 407}, status), "TCP_DENIED", x.code)
 		x.why, x.own, e = "", nil, page(status, "text/plain; charset=utf-8", told.Error()+"\n")
-		e.Set("WWW-Authenticate", choose(status == 401, `Basic realm="proxy"`, ""))
-		e.Set("Proxy-Authenticate", choose(status == 407, `Basic realm="proxy"`, ""))
+		e.Set("WWW-Authenticate", choose(status == 401, `Basic realm="proxy"`, ""),
+			"Proxy-Authenticate", choose(status == 407, `Basic realm="proxy"`, ""))
 	}
 	return e
 }
@@ -314,7 +314,7 @@ func (x *exchange) admit() {
 		must(ok && same(scheme, "Basic"), choose(x.direct, "401", "407")+" credentials are needed")
 		x.req.Del(field) // it was for us
 	}
-	must(!blocked(hostOf(x.address)), "403 %s is blocked", x.address)
+	fail(control("", x.address, nil))
 }
 
 // aim takes a URL without its scheme apart.
@@ -381,7 +381,7 @@ func (x *exchange) local(us string) *Entry {
 		}
 	}
 	must(attempt(func() { x.aim(x.path[1:]) }) == nil, "404 neither a file nor a host: %s", x.path)
-	must(!blocked(hostOf(x.address)), "403 %s is blocked", x.address)
+	fail(control("", x.address, nil))
 	return nil
 }
 
