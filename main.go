@@ -7,6 +7,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"crypto/rand"
@@ -52,9 +53,10 @@ var (
 	nets    []netip.Prefix                                // blocked
 	active  atomic.Int64                                  // exchanges under way
 	closing atomic.Bool
-	journal struct { // the access log: what is to be written, the end of all, what it counts
+	journal struct { // the access log: where it goes, a line's room, the end of all, what it counts
 		sync.Mutex
-		lines, latest                []byte
+		out                          *bufio.Writer
+		line, latest                 []byte
 		requests, hits, bytes, saved int64
 		outcomes                     map[string]int
 		begun                        time.Time
@@ -68,6 +70,7 @@ func main() {
 	// third faster.
 	ballast := make([]byte, 12<<20)
 	defer runtime.KeepAlive(ballast)
+	journal.out = bufio.NewWriterSize(os.Stdout, 64<<10)
 	journal.outcomes, journal.begun = map[string]int{}, now()
 	address := ""
 	if err := attempt(func() { address = configure() }); err != nil {
@@ -112,8 +115,7 @@ func main() {
 func totals() string {
 	journal.Lock()
 	defer journal.Unlock()
-	os.Stdout.Write(journal.lines)
-	journal.lines = journal.lines[:0]
+	journal.out.Flush()
 	return fmt.Sprintf("%d requests, %d hits, %d bytes", journal.requests, journal.hits, journal.bytes)
 }
 
@@ -685,13 +687,14 @@ func (x *exchange) log() {
 	kind, _, _ := strings.Cut(x.kind, ";")
 	journal.Lock()
 	defer journal.Unlock()
-	b, begun, t := journal.lines, len(journal.lines), now().UnixMilli()
+	b, t := journal.line[:0], now().UnixMilli()
 	stamp, took := strconv.FormatInt(t, 10), strconv.FormatInt(t-x.start.UnixMilli(), 10)
 	b = join(b, stamp[:len(stamp)-3], ".", stamp[len(stamp)-3:], "       "[min(6, len(took)):], took, " ")
 	b = join(b, x.c.peer, " ", x.code, "/", strconv.Itoa(1000 + x.status)[1:], " ")
 	b = join(b, strconv.FormatInt(x.sent, 10), " ", printable(x.req.Line[0]), " ", printable(url), " - ")
 	b = join(b, x.peer, " ", printable(kind), "\n")
-	journal.latest = append(journal.latest, b[begun:]...)
+	journal.out.Write(b)
+	journal.line, journal.latest = b, append(journal.latest, b...)
 	if len(journal.latest) > 64<<10 { // of which the status page shows some
 		_, journal.latest, _ = bytes.Cut(journal.latest[32<<10:], []byte("\n"))
 	}
@@ -699,10 +702,6 @@ func (x *exchange) log() {
 	journal.requests++
 	if journal.bytes += x.sent; strings.Contains(x.code, "HIT") {
 		journal.hits, journal.saved = journal.hits+1, journal.saved+x.sent
-	}
-	if journal.lines = b; len(b) > 32<<10 {
-		os.Stdout.Write(journal.lines)
-		journal.lines = journal.lines[:0]
 	}
 }
 
