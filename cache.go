@@ -4,6 +4,7 @@ package main
 // and the answer, under the URL's name: the file system is the index. Nothing here knows of sockets.
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
@@ -176,18 +177,18 @@ func (c *Cache) find(key string) *Entry {
 
 // open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
 // in it, its size from Content-Length.
-func (c *Cache) open(name string) (e *Entry) {
-	info, err := os.Lstat(c.dir + "/" + name)
+func (s *Cache) open(name string) (e *Entry) {
+	info, err := os.Lstat(s.dir + "/" + name)
 	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
 		return nil
 	}
-	file, _ := os.Open(c.dir + "/" + name) // nil reads as an error
-	in := bufio.NewReader(io.LimitReader(file, 4*maxHead))
+	file, _ := os.Open(s.dir + "/" + name) // nil reads as an error
+	c := Conn{in: bufio.NewReader(file), room: 2 * maxHead}
 	if attempt(func() {
 		e = &Entry{file: file, used: info.ModTime(), users: 1, err: io.EOF}
-		e.req, e.Head = readHead(in, false), readHead(in, true)
+		e.req, e.Head = c.head(false), c.head(true)
 		e.size, _ = digits(e.Get("Content-Length"))
-		e.off, _ = file.Seek(-int64(in.Buffered()), io.SeekCurrent)
+		e.off, _ = file.Seek(-int64(c.in.Buffered()), io.SeekCurrent)
 		e.taken = e.off + e.size
 		ours := strings.HasPrefix(name+"~", fileName(strings.TrimPrefix(e.req.Line[1], "http://"))+"~")
 		must(ours && e.taken == info.Size(), "502 damaged")
@@ -195,7 +196,7 @@ func (c *Cache) open(name string) (e *Entry) {
 		file.Close()
 		return nil
 	}
-	e.assess(c.ttl)
+	e.assess(s.ttl)
 	e.Del("Age", "Content-Length")
 	return e
 }
@@ -270,9 +271,10 @@ func (e *Entry) extent() bool {
 }
 
 // judge tells whether a stored answer may be used as it is, with "", else why not, in the words of
-// Cache-Status (RFC 9111 §4, RFC 9211 §2.2). behind says that it has to be refreshed behind that.
-func (e *Entry) judge(req *Head) (why string, behind bool) {
-	age := now().Unix() - e.born
+// Cache-Status (RFC 9111 §4, RFC 9211 §2.2). behind says that it has to be refreshed behind that. What
+// has come since it was asked for, in Unix seconds, is new enough, however long that took.
+func (e *Entry) judge(req *Head, asked int64) (why string, behind bool) {
+	age := asked - e.born
 	switch ttl := e.life - age; {
 	case req.is("no-cache"), req.Get("Cache-Control") == "" && req.has("Pragma", "no-cache"),
 		age >= req.seconds("max-age", age+1), 0 < ttl && ttl < req.seconds("min-fresh", 0):
@@ -402,9 +404,11 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 	}
 	private := strings.ReplaceAll(strings.Join(e.arguments("private", "no-cache"), ","), " ", "")
 	e.Del(append(strings.Split(private, ","), "Content-Length")...)
-	head := e.appendTo(e.req.appendTo(nil), "Content-Length", fmt.Sprintf("%20d", e.size))
-	e.off = int64(len(head))
-	e.Write(head)
+	var head bytes.Buffer
+	e.req.write(&head)
+	e.write(&head, "Content-Length", fmt.Sprintf("%20d", e.size))
+	e.off = int64(head.Len())
+	e.Write(head.Bytes())
 	e.Del("Age")
 	defer c.lock()()
 	if old != nil {
@@ -416,7 +420,10 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 
 // run brings the body into the file, and the file to its place.
 func (e *Entry) run(c *Cache) {
-	_, err := io.Copy(io.Discard, io.TeeReader(e.source, e))
+	err := attempt(func() {
+		_, err := io.Copy(io.Discard, io.TeeReader(e.source, e))
+		fail(err)
+	})
 	e.source.Close()
 	if e.size < 0 {
 		e.file.WriteAt(fmt.Appendf(nil, "%20d", e.taken-e.off), e.off-24)
@@ -448,29 +455,24 @@ func (e *Entry) run(c *Cache) {
 
 // Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until
 // all have read it, nothing is stored, and the download waits for those who are too far behind.
-func (e *Entry) Write(p []byte) (n int, err error) {
+func (e *Entry) Write(p []byte) (n int, _ error) {
 	if !e.broken && e.taken+int64(len(p)) <= cache.limit {
-		n, err = e.file.Write(p)
-	} else if !e.broken {
-		err = errLong
+		n, _ = e.file.Write(p)
 	}
 	defer cache.lock()()
-	if e.taken, e.memory = e.taken+int64(n), append(e.memory, p[n:]...); err != nil {
+	if e.taken += int64(n); n < len(p) {
 		e.broken = true
 		e.leave()
+		behind := func(r *cursor) bool { return r.at < e.end() }
+		for full := len(e.memory) > maxBehind; full; e.more.Wait() {
+			if len(e.cursors) >= e.users && !slices.ContainsFunc(e.cursors, behind) {
+				e.taken, e.memory = e.end(), e.memory[:0]
+				break
+			}
+		}
+		e.memory = append(e.memory, p[n:]...)
 	}
-	for e.more.Broadcast(); len(e.memory) > maxBehind; e.more.Wait() {
-		needed, begun := int64(endless), 0
-		for _, r := range e.cursors {
-			needed, begun = min(needed, r.at), begun+choose(r.at < endless, 1, 0)
-		}
-		if done := min(needed-e.taken, int64(len(e.memory))); done > 0 && begun >= e.users {
-			e.taken, e.memory = e.taken+done, e.memory[:copy(e.memory, e.memory[done:])]
-		}
-		if len(e.memory) <= maxBehind {
-			break
-		}
-	}
+	e.more.Broadcast()
 	return len(p), nil
 }
 
@@ -482,15 +484,9 @@ func (e *Entry) leave() (found bool) {
 	return found
 }
 
-// passing tells that the body comes from an origin for one client alone, inMemory returns n bytes of one
-// in memory.
+// passing tells that the body comes from an origin for one client alone, end how far it has come.
 func (e *Entry) passing() bool { return e.source != nil && !e.shared }
-func (e *Entry) inMemory(off, n int64) []byte {
-	if e.source != nil || n < 0 || off+n > int64(len(e.memory)) {
-		return nil
-	}
-	return e.memory[off : off+n]
-}
+func (e *Entry) end() int64    { return e.taken + int64(len(e.memory)) }
 
 // updated is the head after a 304: its fields are in the place of the stored ones, but for those that
 // describe the body as it is stored (RFC 9111 §3.2).
@@ -504,32 +500,43 @@ func (e *Entry) updated(res *Head) *Head {
 	return h
 }
 
-// A cursor reads the body of an entry from at on, and waits for what has not arrived. ready are the bytes
-// that have.
+// from returns a reader of the body, n bytes of it where it is here, from off on. To close it ends the use
+// of the entry.
+func (e *Entry) from(off, n int64) io.ReadCloser {
+	switch {
+	case e.passing():
+		return e.source
+	case e.source == nil && e.file != nil:
+		return struct {
+			io.Reader
+			io.Closer
+		}{io.NewSectionReader(e.file, e.off+off, n), e}
+	case e.source == nil:
+		return struct {
+			*bytes.Reader
+			io.Closer
+		}{bytes.NewReader(e.memory[off : off+n]), e}
+	}
+	r := &cursor{e, e.off + off}
+	defer cache.lock()()
+	e.cursors = append(e.cursors, r)
+	return r
+}
+
+// A cursor reads the body of an entry on its way from at on, and waits for what has not arrived. ready
+// tells whether all has.
 type cursor struct {
 	*Entry
 	at int64
 }
 
-// from returns a reader of the body from off on. To close it ends the use of the entry.
-func (e *Entry) from(off int64) io.ReadCloser {
-	if e.passing() {
-		return e.source
-	}
-	r := &cursor{e, e.off + off}
-	if e.source != nil {
-		defer cache.lock()()
-		e.cursors = append(e.cursors, r)
-	}
-	return r
-}
-func (r *cursor) ready() int64 {
+func (r *cursor) ready() bool {
 	defer cache.lock()()
-	return r.taken + int64(len(r.memory)) - r.at
+	return r.err != nil || r.end() == r.off+r.size
 }
 func (r *cursor) Read(p []byte) (n int, err error) {
 	unlock := cache.lock()
-	for r.at >= r.taken+int64(len(r.memory)) && r.err == nil {
+	for r.at >= r.end() && r.err == nil {
 		r.more.Wait()
 	}
 	beyond, err := r.at-r.taken, r.err
@@ -547,7 +554,7 @@ func (r *cursor) Read(p []byte) (n int, err error) {
 }
 func (r *cursor) Close() error {
 	unlock := cache.lock()
-	r.at = endless
+	r.cursors = slices.DeleteFunc(r.cursors, func(other *cursor) bool { return other == r })
 	unlock()
 	return r.Entry.Close()
 }

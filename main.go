@@ -8,7 +8,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
@@ -37,6 +36,8 @@ import (
 	"time"
 )
 
+const maxLatest = 1000 // lines of the log from which on the status page tells
+
 var (
 	dir   = flag.String("cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"), "`directory` of the cache")
 	size  = flag.String("size", "1G", "most `bytes` that it holds, as 500M or 10G")
@@ -53,12 +54,11 @@ var (
 	nets    []netip.Prefix                                // blocked
 	active  atomic.Int64                                  // exchanges under way
 	closing atomic.Bool
-	journal struct { // the access log: where it goes, a line's room, the end of all, what it counts
+	journal struct { // the access log: where it goes, its latest lines, and what it counts
 		sync.Mutex
 		out                          *bufio.Writer
-		line, latest                 []byte
+		latest                       []string
 		requests, hits, bytes, saved int64
-		outcomes                     map[string]int
 		begun                        time.Time
 	}
 )
@@ -71,7 +71,7 @@ func main() {
 	ballast := make([]byte, 12<<20)
 	defer runtime.KeepAlive(ballast)
 	journal.out = bufio.NewWriterSize(os.Stdout, 64<<10)
-	journal.outcomes, journal.begun = map[string]int{}, now()
+	journal.begun = now()
 	address := ""
 	if err := attempt(func() { address = configure() }); err != nil {
 		log.Printf("%v; proxy -h tells more", err)
@@ -125,7 +125,7 @@ func configure() (address string) {
 	flag.CommandLine.SetOutput(io.Discard)
 	err := flag.CommandLine.Parse(os.Args[1:])
 	for ; err == nil && flag.NArg() > 0; err = flag.CommandLine.Parse(flag.Args()[1:]) {
-		must(address == "", "400 two addresses, %s and %s", address, flag.Arg(0))
+		must(address == "", "400 two addresses:", address, flag.Arg(0))
 		address = flag.Arg(0)
 	}
 	if flag.CommandLine.SetOutput(os.Stderr); err == flag.ErrHelp {
@@ -138,11 +138,11 @@ func configure() (address string) {
 	address = choose(strings.Trim(address, "0123456789") == "", "127.0.0.1:"+address, address)
 	_, port, err := net.SplitHostPort(address)
 	n, ok := digits(port)
-	must(err == nil && ok && n < 65536, "400 %q is neither a port nor host:port", address)
+	must(err == nil && ok && n < 65536, "400 neither a port nor host:port:", address)
 	number := strings.TrimRight(*size, "KMGT")
 	shift := 10 * strings.Index(" KMGT", (*size)[len(number):])
 	n, ok = digits(number)
-	must(ok && shift >= 0 && n<<shift>>shift == n, "400 -size %s is no number of bytes", *size)
+	must(ok && shift >= 0 && n<<shift>>shift == n, "400 -size is no number of bytes:", *size)
 	must(*uses > 0, "400 -uses must be at least 1")
 	must(*ttl >= 0, "400 -ttl must not be negative")
 	cache.dir, cache.limit, cache.ttl, cache.uses = *dir, n<<shift, int64(ttl.Seconds()), *uses
@@ -161,7 +161,7 @@ func configure() (address string) {
 			bits := choose(n.Addr().Is4In6(), max(0, n.Bits()-96), n.Bits())
 			nets = append(nets, netip.PrefixFrom(n.Addr().Unmap(), bits))
 		} else {
-			must(!strings.Contains(entry, ":"), "400 -block: %q is no host or CIDR", entry)
+			must(!strings.Contains(entry, ":"), "400 -block has what is no host or CIDR:", entry)
 			hosts[hostOf(authority(strings.Trim(entry, ".")))] = true
 		}
 	}
@@ -179,10 +179,12 @@ func client(c *Conn) {
 		}
 		active.Add(1)
 		x := &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
+		before := c.written
 		e := x.try(func() *Entry { fail(err); return x.answer() })
 		if e != nil && x.send(e) != nil {
 			x.code, x.keep, reset = x.code+"_ABORTED", false, x.req.old()
 		}
+		x.sent = c.written - before
 		x.log()
 		keep = x.keep
 		active.Add(-1)
@@ -258,7 +260,7 @@ func (x *exchange) answer() *Entry {
 	again := func(via string) bool { return strings.HasSuffix(via, " "+name) }
 	must(!slices.ContainsFunc(req.list("Via"), again), "508 this request has been here before")
 	expect := req.Get("Expect")
-	must(expect == "" || same(expect, "100-continue"), "417 no support of %.200q", expect)
+	must(expect == "" || same(expect, "100-continue"), "417 no support of", expect)
 	kind := x.c.kind
 	if kind == chunked && expect == "" { // with a bad first chunk nothing at all is sent on
 		body{x.c}.nextChunk()
@@ -267,7 +269,9 @@ func (x *exchange) answer() *Entry {
 	if limited && (method == "TRACE" || method == "OPTIONS") { // RFC 9110 §7.6.2
 		if req.Set("Max-Forwards", strconv.FormatInt(hops-1, 10)); hops == 0 {
 			req.Del("Authorization", "Cookie", "Proxy-Authorization", "Max-Forwards")
-			return page(200, "message/http", choose(method == "TRACE", string(req.appendTo(nil)), ""))
+			var echo strings.Builder
+			req.write(&echo)
+			return page(200, "message/http", choose(method == "TRACE", echo.String(), ""))
 		}
 	}
 	if req.endToEnd(); x.direct {
@@ -290,15 +294,15 @@ func (x *exchange) route() (us string) {
 	method, target, named := x.req.Line[0], x.req.Line[1], x.req.list("Host")
 	kind := x.req.framing(false)
 	one := len(named) == 1 || len(named) == 0 && x.req.old()
-	must(one, "400 Host must name one host, not %.200q", strings.Join(named, ", "))
-	us = authority(append(named, "localhost")[0])
+	must(one, "400 Host must name one host, not", strings.Join(named, ", "))
+	us = x.c.authority(append(named, "localhost")[0])
 	x.direct = target[0] == '/' || target == "*" && method == "OPTIONS"
 	if x.path = target; method == "CONNECT" {
 		x.address = authority(target)
-		must(strings.HasSuffix(target, ":"+portOf(x.address)), "400 %.200q has no port", target)
+		must(strings.HasSuffix(target, ":"+portOf(x.address)), "400 CONNECT without a port:", target)
 	} else if !x.direct {
 		ok := len(target) > 7 && strings.EqualFold(target[:7], "http://") && !strings.Contains(target, "#")
-		must(ok, "400 %.200q is not a http:// URL", target)
+		must(ok, "400 not a http:// URL:", target)
 		x.aim(target[7:])
 	}
 	x.c.expect(kind)
@@ -308,7 +312,7 @@ func (x *exchange) route() (us string) {
 
 // admit decides who may ask, and for what.
 func (x *exchange) admit() {
-	must(!blocked(x.c.peer), "403 clients at %s are refused", x.c.peer)
+	must(!blocked(x.c.peer), "403 refused are clients at", x.c.peer)
 	field := choose(x.direct, "Authorization", "Proxy-Authorization")
 	if *auth != "" && x.req.Line[1] != "/proxy.pac" { // a browser that needs it has no credentials yet
 		scheme, token, _ := strings.Cut(x.req.Get(field), " ")
@@ -321,8 +325,9 @@ func (x *exchange) admit() {
 
 // aim takes a URL without its scheme apart.
 func (x *exchange) aim(url string) {
-	end := strings.IndexAny(url+"/", "/?")
-	if x.address, x.path = authority(url[:end]), url[end:]; !strings.HasPrefix(x.path, "/") {
+	end := strings.IndexAny(url, "/?")
+	end = choose(end < 0, len(url), end)
+	if x.address, x.path = x.c.authority(url[:end]), url[end:]; !strings.HasPrefix(x.path, "/") {
 		x.path = choose(x.path == "" && x.req.Line[0] == "OPTIONS", "*", "/"+x.path)
 	}
 	x.url = x.host() + x.path
@@ -367,7 +372,7 @@ func (x *exchange) local(us string) *Entry {
 	ip, _ := netip.ParseAddr(hostOf(us))
 	here := x.c.LocalAddr().String()
 	named := hostOf(us) == "localhost" || ip.IsLoopback() || hostOf(us) == hostOf(here)
-	must(named && portOf(us) == portOf(here), "403 %q is not this proxy", us)
+	must(named && portOf(us) == portOf(here), "403 another name than this proxy's:", us)
 	name, _, _ := strings.Cut(x.path, "?")
 	switch get := oneOf(x.req.Line[0], "GET", "HEAD"); {
 	case name == "*":
@@ -382,7 +387,7 @@ func (x *exchange) local(us string) *Entry {
 			return e
 		}
 	}
-	must(attempt(func() { x.aim(x.path[1:]) }) == nil, "404 neither a file nor a host: %s", x.path)
+	must(attempt(func() { x.aim(x.path[1:]) }) == nil, "404 neither a file nor a host:", x.path)
 	fail(control("", x.address, nil))
 	return nil
 }
@@ -419,7 +424,7 @@ func (x *exchange) cached() *Entry {
 		e, key, changes := cache.lookup(x.url, x.req)
 		why, refresh := choose(key == x.url, "uri-miss", "vary-miss"), false
 		if e != nil {
-			why, refresh = e.judge(x.req)
+			why, refresh = e.judge(x.req, x.start.Unix())
 		}
 		if refresh && x.behind {
 			why = "stale"
@@ -427,7 +432,7 @@ func (x *exchange) cached() *Entry {
 			go x.refresh()
 		}
 		if why == "" {
-			ttl := strconv.FormatInt(e.born+e.life-now().Unix(), 10)
+			ttl := strconv.FormatInt(e.born+e.life-x.start.Unix(), 10)
 			x.code = choose(e.file == nil, "TCP_MEM_HIT", "TCP_HIT")
 			collapsed := cmp.Or(x.why, "proxy; fwd=uri-miss; collapsed")
 			x.why = choose(e.source == nil, "proxy; hit; ttl="+ttl, collapsed)
@@ -435,7 +440,7 @@ func (x *exchange) cached() *Entry {
 		}
 		if x.req.is("only-if-cached") {
 			e.Close()
-			must(false, "504 %s is not in the cache", x.url)
+			must(false, "504 not in the cache:", x.url)
 		}
 		if x.req.Line[0] == "HEAD" || e == nil && !cache.due(x.url) || e != nil && e.source != nil {
 			return x.fetch(e, nil, why)
@@ -456,10 +461,11 @@ func (x *exchange) cached() *Entry {
 
 // refresh asks once more behind a client's back, so that the answer gets stored.
 func (x *exchange) refresh() {
-	y := &exchange{c: &Conn{Conn: x.c.Conn, peer: x.c.peer}, req: x.req.Clone(), behind: true}
+	y := &exchange{c: &Conn{Conn: x.c.Conn, peer: x.c.peer}, req: x.req.Clone(), start: now(), behind: true}
 	y.address, y.path, y.url, y.req.Line[0] = x.address, x.path, x.url, "GET"
 	y.req.Del("If-None-Match", "If-Modified-Since", "Range", "If-Range")
-	body := y.try(y.cached).from(0)
+	e := y.try(y.cached)
+	body := e.from(0, e.size)
 	io.Copy(io.Discard, body)
 	body.Close()
 }
@@ -497,7 +503,8 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	res, c, err := origins.ask(x.address, req, x.c, func(interim *Head) {
 		interim.Del("Content-Length")
 		if interim.endToEnd(); !x.behind && !x.req.old() {
-			x.c.Write(interim.appendTo(nil, "Via", via(interim)))
+			interim.write(x.c, "Via", via(interim))
+			x.c.Write(nil)
 		}
 	})
 	if x.why = "proxy; fwd=" + why; err == nil {
@@ -526,7 +533,7 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	if validates && status == 304 {
 		e.source.Close()
 		x.code, stored = "TCP_REFRESH_UNMODIFIED", nil // its body is the source now
-		e.Head, e.source, e.size = old.updated(res), old.from(0), old.size
+		e.Head, e.source, e.size = old.updated(res), old.from(0, old.size), old.size
 	}
 	if d == nil {
 		return e
@@ -535,7 +542,7 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	}
 	e.Del("Age")
 	x.own, x.why = e.Head, x.why+"; stored" // with what is for this client alone
-	if b, ok := e.source.(body); ok && b.left > 0 && b.ready() == b.left {
+	if b, ok := e.source.(body); ok && b.kind > 0 && b.ready() {
 		d.run(&cache) // all of it is here
 	} else {
 		go d.run(&cache)
@@ -568,7 +575,7 @@ func (x *exchange) reached(err error) {
 	}
 	told, dns := Error("502"), (*net.DNSError)(nil)
 	errors.As(err, &told)
-	if x.c.kind != 0 && !x.c.finished() && !x.c.sending.Load() && x.c.cut != nil {
+	if failed := x.c.upload.failed(); failed != nil && failed != errGoesOn && x.c.cut != nil {
 		must(!os.IsTimeout(x.c.cut), "408 the rest of the request's body has not come")
 		_, malformed := x.c.cut.(Error)
 		must(malformed, "400 the request's body breaks off")
@@ -576,9 +583,9 @@ func (x *exchange) reached(err error) {
 	}
 	must(!strings.HasPrefix(string(told), "403"), string(told))
 	unknown := errors.As(err, &dns) && dns.IsNotFound
-	must(!x.direct || !unknown, "404 neither a file nor a host: %s", x.address)
+	must(!x.direct || !unknown, "404 neither a file nor a host:", x.address)
 	late := strings.HasPrefix(string(told), "408") || os.IsTimeout(err)
-	must(false, choose(late, "504", "502")+" %s: %s", x.address, err.Error())
+	panic(Error(choose(late, "504 ", "502 ") + x.address + ": " + err.Error()))
 }
 
 // selected is the head of the answer as the request's conditions and range have it, and which n bytes of
@@ -612,9 +619,10 @@ func (x *exchange) selected(e *Entry) (h *Head, off, n int64) {
 // send writes an answer.
 func (x *exchange) send(e *Entry) (err error) {
 	h, off, n := x.selected(e)
+	x.keep = x.keep && x.c.upload.failed() == nil // before its body is looked at
 	none, head, old := h.Status == 204 || h.Status == 304, x.req.Line[0] == "HEAD", x.req.old()
 	silent := none || head && (n < 0 || e.passing()) // of a length, but for what the origin said
-	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.finished() && !closing.Load()
+	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.whole() && !closing.Load()
 	length, age := "", ""
 	if !silent && n >= 0 {
 		length = strconv.FormatInt(n, 10)
@@ -622,38 +630,22 @@ func (x *exchange) send(e *Entry) (err error) {
 	if e.req != nil {
 		age = strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10)
 	}
-	c, body := x.c, e.from(off)
+	chunks, body := !silent && n < 0 && !old, e.from(off, n)
 	defer body.Close()
-	c.out = choose(cap(c.out) > 2<<10, nil, c.out[:0]) // an idle client costs no more
-	c.out = h.appendTo(c.out, "Content-Length", length, "Transfer-Encoding",
-		choose(!silent && n < 0 && !old, "chunked", ""), "Age", age, "Via", choose(x.why != "", via(h), ""),
-		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
-	x.status, x.kind, x.sent = h.Status, h.Get("Content-Type"), int64(len(c.out))
-	n = choose(none || head, 0, n)
-	r, ok := body.(interface{ ready() int64 })
-	if ok && 0 < n && n <= 4<<10 && r.ready() >= n { // in one piece: each write costs 5 µs
-		c.out = append(c.out, make([]byte, n)...)
-		if _, err := io.ReadFull(body, c.out[x.sent:]); err != nil {
-			return err
-		}
-		x.sent, n = x.sent+n, 0
+	h.write(x.c, "Content-Length", length, "Transfer-Encoding", choose(chunks, "chunked", ""),
+		"Age", age, "Via", choose(x.why != "", via(h), ""), "Cache-Status", x.why,
+		"Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
+	x.status, x.kind = h.Status, h.Get("Content-Type")
+	if r, ok := body.(interface{ ready() bool }); ok && !r.ready() {
+		x.c.Write(nil) // else with what follows
 	}
-	if data := e.inMemory(off, n); len(data) > 0 {
-		x.sent, err = c.writeAll(c.out, data)
-		return err
+	from, n := io.Reader(body), choose(none || head, 0, n)
+	if n == 0 || n > 0 && e.source != nil { // which also makes for a buffer of that size
+		from = io.LimitReader(body, n)
 	}
-	if _, err := c.Write(c.out); n == 0 || err != nil {
-		return err
-	}
-	to, end := io.Writer(c), ""
-	if n < 0 && !old {
-		to, end = chunkWriter{c}, "0\r\n\r\n"
-	}
-	copied, err := io.Copy(to, io.LimitReader(body, choose(n < 0, endless, n)))
-	if x.sent += copied; err == nil && copied < n {
+	copied, err := x.c.send(from, chunks && !head)
+	if err == nil && copied < n {
 		err = io.ErrUnexpectedEOF
-	} else if err == nil {
-		_, err = io.WriteString(c, end)
 	}
 	return err
 }
@@ -672,12 +664,10 @@ func (x *exchange) tunnel() *Entry {
 	o.expect(untilClose)
 	x.c.expect(untilClose)
 	io.WriteString(x.c, "HTTP/1.1 200 Connection established\r\n\r\n")
-	x.c.sending.Store(true)
-	go o.send(x.c)
-	x.sent = x.c.send(o)
-	for x.c.sending.Load() {
-		time.Sleep(10 * time.Millisecond)
-	}
+	x.c.Write(nil)
+	up, down := o.carry(x.c), x.c.carry(o)
+	<-up.done
+	<-down.done
 	return nil
 }
 
@@ -685,20 +675,18 @@ func (x *exchange) tunnel() *Entry {
 func (x *exchange) log() {
 	url := choose(x.url == "", cmp.Or(x.path, x.address, "error:invalid-request"), "http://"+x.url)
 	kind, _, _ := strings.Cut(x.kind, ";")
+	t := now().UnixMilli()
+	stamp, took := strconv.FormatInt(t, 10), strconv.FormatInt(t-x.start.UnixMilli(), 10)
+	line := stamp[:len(stamp)-3] + "." + stamp[len(stamp)-3:] + "       "[min(6, len(took)):] + took + " " +
+		x.c.peer + " " + x.code + "/" + strconv.Itoa(1000 + x.status)[1:] + " " +
+		strconv.FormatInt(x.sent, 10) + " " + printable(x.req.Line[0]) + " " + printable(url) + " - " +
+		x.peer + " " + printable(kind) + "\n"
 	journal.Lock()
 	defer journal.Unlock()
-	b, t := journal.line[:0], now().UnixMilli()
-	stamp, took := strconv.FormatInt(t, 10), strconv.FormatInt(t-x.start.UnixMilli(), 10)
-	b = join(b, stamp[:len(stamp)-3], ".", stamp[len(stamp)-3:], "       "[min(6, len(took)):], took, " ")
-	b = join(b, x.c.peer, " ", x.code, "/", strconv.Itoa(1000 + x.status)[1:], " ")
-	b = join(b, strconv.FormatInt(x.sent, 10), " ", printable(x.req.Line[0]), " ", printable(url), " - ")
-	b = join(b, x.peer, " ", printable(kind), "\n")
-	journal.out.Write(b)
-	journal.line, journal.latest = b, append(journal.latest, b...)
-	if len(journal.latest) > 64<<10 { // of which the status page shows some
-		_, journal.latest, _ = bytes.Cut(journal.latest[32<<10:], []byte("\n"))
+	journal.out.WriteString(line)
+	if journal.latest = append(journal.latest, line); len(journal.latest) == 2*maxLatest {
+		journal.latest = append(journal.latest[:0], journal.latest[maxLatest:]...)
 	}
-	journal.outcomes[x.code]++
 	journal.requests++
 	if journal.bytes += x.sent; strings.Contains(x.code, "HIT") {
 		journal.hits, journal.saved = journal.hits+1, journal.saved+x.sent
@@ -714,9 +702,9 @@ td{padding:0 1em .2em 0;vertical-align:top;white-space:nowrap}
 td:last-child{width:60%%;white-space:normal;overflow-wrap:anywhere}
 i{display:block;height:1.2em;background:#38a169;border-radius:3px}</style>
 <h1>proxy</h1><p>%s since %s; %.1f MB of them came from the cache.
-<p>In the last five minutes %d%% of %d requests were hits.
+<p>In the last five minutes %d%% of %d requests were hits (the latest are kept).
 <p>The cache has %d files, %.1f of %.1f MB:<i style="width:%d%%"></i>
-<h2>Outcomes</h2><table>%s</table><h2>Busiest hosts</h2><table>%s</table>
+<h2>Outcomes of the latest requests</h2><table>%s</table><h2>Busiest hosts</h2><table>%s</table>
 <h2>Latest requests</h2><table>%s</table>`
 
 // status is the page about all this: what has been counted, and what the end of the log tells.
@@ -725,27 +713,25 @@ func status() string {
 	defer cache.lock()()
 	journal.Lock()
 	defer journal.Unlock()
-	hosts, latest, hits, recent := map[string]int{}, "", 0, 0
-	lines := strings.Split(strings.TrimSpace(string(journal.latest)), "\n")
-	for i, line := range slices.Backward(lines) {
+	outcomes, hosts, rows, hits, recent := map[string]int{}, map[string]int{}, "", 0, 0
+	for i, line := range slices.Backward(journal.latest) {
 		f := strings.Fields(html.EscapeString(line)) // no URL can become markup
-		if len(f) < 10 {
-			continue
-		}
 		seconds, _ := strconv.ParseInt(f[0][:len(f[0])-4], 10, 64)
+		code, _, _ := strings.Cut(f[3], "/")
+		outcomes[code]++
 		if url := strings.Split(f[6], "/"); len(url) > 2 {
 			hosts[url[2]]++
 		}
 		if now().Unix()-seconds < 300 {
-			recent, hits = recent+1, hits+choose(strings.Contains(f[3], "HIT"), 1, 0)
+			recent, hits = recent+1, hits+choose(strings.Contains(code, "HIT"), 1, 0)
 		}
-		if at := time.Unix(seconds, 0).Format(time.TimeOnly); i >= len(lines)-30 {
-			latest += fmt.Sprintf("<tr><td>%s<td>%s<td>%s ms<td>%s %s", at, f[3], f[1], f[5], f[6])
+		if at := time.Unix(seconds, 0).Format(time.TimeOnly); i >= len(journal.latest)-30 {
+			rows += fmt.Sprintf("<tr><td>%s<td>%s<td>%s ms<td>%s %s", at, f[3], f[1], f[5], f[6])
 		}
 	}
 	return fmt.Sprintf(statusPage, totals, journal.begun.Format(time.DateTime), float64(journal.saved)/1e6,
 		hits*100/max(1, recent), recent, cache.files, float64(cache.size)/1e6, float64(cache.limit)/1e6,
-		cache.size*100/max(1, cache.limit), bars(journal.outcomes), bars(hosts), latest)
+		cache.size*100/max(1, cache.limit), bars(outcomes), bars(hosts), rows)
 }
 
 // bars draws what there is most of.
