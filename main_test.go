@@ -1220,6 +1220,8 @@ func TestRefusedRequests(t *testing.T) {
 		"TLS":                       {"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", "400"},
 		"two Hosts":                 {get("Host: ORIGIN\r\n"), "400"},
 		"two different Hosts":       {get("Host: other\r\n"), "400"},
+		"an empty Host":             {"GET http://ORIGIN/ HTTP/1.1\r\nHost: \r\n\r\n", "400"},
+		"an empty authority":        {"GET http:///x HTTP/1.1\r\nHost: ORIGIN\r\n\r\n", "400"},
 		"no Host":                   {"GET http://ORIGIN/ HTTP/1.1\r\n\r\n", "400"},
 		"no Host, direct":           {"GET /ORIGIN/ HTTP/1.1\r\n\r\n", "400"},
 		"Host with a space":         {"GET http://ORIGIN/ HTTP/1.1\r\nHost: a b\r\n\r\n", "400"},

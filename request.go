@@ -244,7 +244,7 @@ func authority(s string) string {
 // authority reads one as it stands on this connection, where most are the same: the one in Host and the
 // URL, and those of the next request. To read one costs 0.5 µs.
 func (c *Conn) authority(s string) string {
-	if s != c.named {
+	if s == "" || s != c.named {
 		c.named, c.origin = s, authority(s)
 	}
 	return c.origin
