@@ -42,7 +42,7 @@ var (
 	dir   = flag.String("cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"), "`directory` of the cache")
 	size  = flag.String("size", "1G", "most `bytes` that it holds, as 500M or 10G")
 	uses  = flag.Int("uses", 1, "store a response from the `n`th GET for its URL within 10 minutes on")
-	ttl   = flag.Duration("ttl", 0, "how long a response is fresh that says nothing about it")
+	ttl   = flag.Duration("ttl", 0, "how long a response is fresh that says nothing about it, at least")
 	files = flag.String("files", ".", "`directory` of files for direct requests, empty for none")
 	block = flag.String("block", "", "hosts, domains, addresses and CIDRs refused: a `list` or @file")
 	auth  = flag.String("auth", "", "`user:password` that clients must give, or @file")
@@ -542,7 +542,8 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	}
 	e.Del("Age")
 	x.own, x.why = e.Head, x.why+"; stored" // with what is for this client alone
-	if b, ok := e.source.(body); ok && b.kind > 0 && b.ready() {
+	r, waits := e.source.(interface{ ready() bool })
+	if e.size >= 0 && e.size <= maxObject && (!waits || r.ready()) {
 		d.run(&cache) // all of it is here
 	} else {
 		go d.run(&cache)
@@ -562,8 +563,12 @@ func (x *exchange) invalidate(references ...string) {
 // via is what RFC 9110 §7.6.3 has us say of a message.
 func via(h *Head) string { return choose(h.old(), "1.0 ", "1.1 ") + name }
 
-// person tells one from another, as a cookie goes from the cache only to whom it was set.
+// person tells one from another, as a cookie goes from the cache only to whom it was set. Who does not say
+// what he uses is nobody that one could know again.
 func (x *exchange) person() string {
+	if x.req.Get("User-Agent") == "" {
+		return rand.Text()
+	}
 	all := fmt.Sprintf("%q%q%q", x.c.peer, x.req.list("User-Agent"), x.req.list("Cookie"))
 	return fmt.Sprintf("%.8x", sha256.Sum256([]byte(all)))
 }
@@ -684,6 +689,9 @@ func (x *exchange) log() {
 	journal.Lock()
 	defer journal.Unlock()
 	journal.out.WriteString(line)
+	if x.direct && x.path == "/" { // to look at the page is not to be seen on it
+		return
+	}
 	if journal.latest = append(journal.latest, line); len(journal.latest) == 2*maxLatest {
 		journal.latest = append(journal.latest[:0], journal.latest[maxLatest:]...)
 	}
@@ -696,11 +704,11 @@ func (x *exchange) log() {
 const statusPage = `<!DOCTYPE html><html lang=en><meta charset=utf-8><title>proxy</title>
 <meta name=viewport content="width=device-width"><meta name=color-scheme content="light dark">
 <meta http-equiv=refresh content=5><link rel=icon href=data:,><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:auto;padding:1em}
-table{width:100%%;border-collapse:collapse}
-td{padding:0 1em .2em 0;vertical-align:top;white-space:nowrap}
-td:last-child{width:60%%;white-space:normal;overflow-wrap:anywhere}
-i{display:block;height:1.2em;background:#38a169;border-radius:3px}</style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:auto;padding:1em;overflow-wrap:anywhere}
+table{width:100%%;border-collapse:collapse}div{max-height:6em;overflow:auto}i{display:block;height:1.2em;
+min-width:3px;background:#38a169}td{padding:0 1em .3em 0;vertical-align:top;max-width:22em;white-space:nowrap;
+overflow:hidden;text-overflow:ellipsis}td:last-child{width:60%%;max-width:none;white-space:normal}@media(
+max-width:45em){td{display:inline-block;white-space:normal}tr,td:last-child{display:block;width:auto}}</style>
 <h1>proxy</h1><p>%s since %s; %.1f MB of them came from the cache.
 <p>In the last five minutes %d%% of %d requests were hits (the latest are kept).
 <p>The cache has %d files, %.1f of %.1f MB:<i style="width:%d%%"></i>
@@ -726,7 +734,7 @@ func status() string {
 			recent, hits = recent+1, hits+choose(strings.Contains(code, "HIT"), 1, 0)
 		}
 		if at := time.Unix(seconds, 0).Format(time.TimeOnly); i >= len(journal.latest)-30 {
-			rows += fmt.Sprintf("<tr><td>%s<td>%s<td>%s ms<td>%s %s", at, f[3], f[1], f[5], f[6])
+			rows += fmt.Sprintf("<tr><td>%s<td>%s<td>%s ms<td><div>%s %s</div>", at, f[3], f[1], f[5], f[6])
 		}
 	}
 	return fmt.Sprintf(statusPage, totals, journal.begun.Format(time.DateTime), float64(journal.saved)/1e6,

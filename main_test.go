@@ -996,7 +996,7 @@ func TestStatusPage(t *testing.T) {
 	match(t, "the cache", a.body, `.*The cache has 1 files, 3.1 of 1073.7 MB.*`)
 	match(t, "outcomes", a.body, `.*<td>TCP_HIT<td>3<td><i style="width:100%"></i><tr>.*`)
 	match(t, "hosts", a.body, `.*<td>`+o.host+`<td>5<td>.*`)
-	match(t, "latest", a.body, `.*TCP_HIT/200<td>\d+ ms<td>GET http://`+o.host+`/a.*`)
+	match(t, "latest", a.body, `.*TCP_HIT/200<td>\d+ ms<td><div>GET http://`+o.host+`/a.*`)
 	if strings.Contains(a.body, "<script") || strings.Contains(a.body, "src=") {
 		t.Error("a URL has become markup, or the page needs something from elsewhere")
 	}
@@ -2288,6 +2288,10 @@ func TestStorability(t *testing.T) {
 		got := fmt.Sprint(a.Get("X-Mine"), a.Get("X-Other"), a.Get("X-Kept"), o.count("/mine"))
 		eq(t, "so is what is private", got, []string{"2341", "41"}[i])
 	}
+	fields := regexp.MustCompile(`(?i)Set-Cookie: `)
+	for range 2 { // nothing tells these from each other
+		eq(t, "not to nobody", len(fields.FindAllString(p.say(request(o.url("/"), "")), -1)), 0)
+	}
 	o.put("/post", fresh, "body")
 	p.ask("POST", o.url("/post"), "", "x")
 	p.ask("POST", o.url("/post"), "", "x")
@@ -2915,6 +2919,14 @@ func TestManyAtOnceAreOneRequest(t *testing.T) {
 		came, _ := o.outcome(path, "")
 		eq(t, test.name+": later", came, map[bool]string{true: "miss", false: "hit"}[test.cut])
 	}
+	o.set("/late", reply{do: func(w http.ResponseWriter, r *http.Request) {
+		time.Sleep(300 * time.Millisecond)
+		p.move(5)
+		w.Header().Set("Cache-Control", "max-age=1")
+		io.WriteString(w, "late")
+	}})
+	together(20, func(int) { eq(t, "longer than it is fresh", p.get(o.url("/late"), "").body, "late") })
+	eq(t, "longer than it is fresh: requests", o.count("/late"), 1)
 }
 
 // What cannot be stored lets them through side by side, not one after another.

@@ -368,7 +368,7 @@ func (b body) Close() error {
 type chunkWriter struct{ *Conn }
 
 func (w chunkWriter) Write(p []byte) (int, error) {
-	_, err := w.Conn.Write(fmt.Appendf(nil, "%x\r\n%s\r\n", len(p), p))
+	_, err := fmt.Fprintf(w.Conn, "%x\r\n%s\r\n", len(p), p)
 	return len(p), err
 }
 
