@@ -76,7 +76,6 @@ type Cache struct {
 	seen          map[string][]time.Time // the latest GETs, if uses are counted
 }
 
-func (c *Cache) lock() (unlock func())  { c.Lock(); return c.Unlock }
 func (c *Cache) path(key string) string { return c.dir + "/" + fileName(key) }
 
 // fileName returns the name of the file for a key: a URL without its scheme, and after a line feed what a
@@ -124,14 +123,12 @@ func (e *Entry) selectedBy(req *Head) bool { return slices.Equal(e.varied(e.req)
 // whose Vary tells what selects, others are beside it, by a hash. A part of that is new with each first
 // one: after an invalidation the variants of before are out of reach.
 func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int64) {
-	unlock := c.lock()
-	key, changes = url, c.changes
-	unlock()
-	if e = c.find(url); e != nil && !e.selectedBy(req) {
+	key = url
+	if e, changes = c.find(url); e != nil && !e.selectedBy(req) {
 		selected := fmt.Appendf(nil, "%q%q", e.req.Get("Generation"), e.varied(req))
 		key = fmt.Sprintf("%s\n~%.8x", url, sha256.Sum256(selected))
 		e.Close()
-		e = c.find(key)
+		e, _ = c.find(key)
 	}
 	if e != nil && (key != url && !e.selectedBy(req) || e.Status == 206 && !e.holds(req)) {
 		e.Close()
@@ -140,31 +137,31 @@ func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int
 	return e, key, changes
 }
 
-// find returns what is under a key: on its way, in memory, or in the file. Memory is good for a second,
-// so what is removed, or replaced by another process, is soon forgotten here too.
-func (c *Cache) find(key string) *Entry {
-	unlock := c.lock()
-	e, changes := c.under[key], c.changes
+// find returns what is under a key: on its way, in memory, or in the file; and the changes up to then.
+// Memory is good for a second, so what is removed, or replaced by another process, is soon forgotten too.
+func (c *Cache) find(key string) (e *Entry, changes int64) {
+	unlock := lock(c)
+	e, changes = c.under[key], c.changes
 	if e != nil && e.shared {
 		e.users++
 	} else if e = c.memory[key]; e != nil && now().Sub(e.read) > time.Second {
 		e = nil
 	}
 	if unlock(); e != nil {
-		return e
+		return e, changes
 	} else if e = c.open(fileName(key)); e == nil {
-		return nil
+		return nil, changes
 	}
 	if t := now(); t.Sub(e.used) > time.Minute { // which trim goes by
 		os.Chtimes(e.file.Name(), t, t)
 	}
 	if e.size > maxObject {
-		return e
+		return e, changes
 	}
 	memory := make([]byte, e.size)
 	_, err := io.ReadFull(io.NewSectionReader(e.file, e.off, e.size), memory)
 	e.Close()
-	defer c.lock()()
+	defer lock(c)()
 	if e.file, e.taken, e.memory, e.read = nil, e.off, memory, now(); changes == c.changes && err == nil {
 		if c.inMemory += e.size + 1<<10; c.inMemory > maxMemory { // to read them again is cheap
 			clear(c.memory)
@@ -172,7 +169,7 @@ func (c *Cache) find(key string) *Entry {
 		}
 		c.memory[key] = e
 	}
-	return choose(err == nil, e, nil)
+	return choose(err == nil, e, nil), changes
 }
 
 // open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
@@ -249,16 +246,14 @@ func (e *Entry) assess(ttl int64) {
 		e.life = max(ttl, min((date-cmp.Or(httpDate(e.Get("Last-Modified")), date))/10, 7*24*3600))
 	}
 	e.life = choose(e.is("no-cache"), 0, e.seconds("s-maxage", e.seconds("max-age", e.life)))
-	if e.Status == 206 {
-		e.extent()
-	}
+	e.extent()
 }
 
-// extent reads from Content-Range where a part belongs, and tells whether it has that size. Origins that
-// count a byte too many at the end are forgiven.
+// extent reads from Content-Range where a part (206) belongs, and tells whether it has that size. Origins
+// that count a byte too many at the end are forgiven.
 func (e *Entry) extent() bool {
 	field := extents.FindStringSubmatch(e.Get("Content-Range"))
-	if field == nil {
+	if field == nil || e.Status != 206 {
 		return false
 	}
 	e.first, _ = digits(field[1])
@@ -329,7 +324,7 @@ func (e *Entry) part(req *Head) (status int, off, n int64) {
 // origin, and then to call store or drop. It is nil if something has been stored since changes were
 // counted.
 func (c *Cache) claim(key string, changes int64) (e *Entry, leads bool) {
-	defer c.lock()()
+	defer lock(c)()
 	if e = c.under[key]; e == nil && c.changes == changes {
 		e, leads = &Entry{key: key, ready: make(chan struct{})}, true
 		e.more.L, c.under[key] = c, e
@@ -339,12 +334,12 @@ func (c *Cache) claim(key string, changes int64) (e *Entry, leads bool) {
 
 // drop says that there is nothing for others; invalidate forgets what is under a URL.
 func (c *Cache) drop(e *Entry) {
-	defer c.lock()()
+	defer lock(c)()
 	close(e.ready)
 	e.leave()
 }
 func (c *Cache) invalidate(url string) {
-	defer c.lock()()
+	defer lock(c)()
 	delete(c.under, url)
 	delete(c.memory, url)
 	if c.changes++; os.Remove(c.path(url)) != nil { // e.g., the directory is read-only
@@ -354,7 +349,7 @@ func (c *Cache) invalidate(url string) {
 
 // storable tells whether a shared cache may store e, the answer to req (RFC 9111 §3).
 func (e *Entry) storable(req *Head) bool {
-	known, part := slices.Contains(heuristic, e.Status), e.Status == 206 && e.extent()
+	known, part := slices.Contains(heuristic, e.Status), e.extent()
 	if len(e.arguments("no-store", "must-understand")) > 0 && !(known && e.is("must-understand")) {
 		return false
 	}
@@ -369,7 +364,7 @@ func (e *Entry) storable(req *Head) bool {
 
 // store puts what came, as the answer to req, into the file of e, if it may and there is use for it. old
 // is what it replaces, person tells whose its cookies are.
-func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Time, person func() string) {
+func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Time, person string) {
 	if !came.storable(req) || came.size > c.limit {
 		return
 	}
@@ -381,19 +376,14 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 	if !useful && e.Get("ETag")+e.Get("Last-Modified") == "" {
 		return
 	}
-	if e.Get("Vary") != "" {
-		e.req.Set("Generation", rand.Text())
-		if old != nil {
-			e.req.Set("Generation", cmp.Or(old.req.Get("Generation"), e.req.Get("Generation")))
-		}
+	generation := rand.Text()
+	if old != nil {
+		generation = cmp.Or(old.req.Get("Generation"), generation)
 	}
-	if e.Get("Set-Cookie") != "" {
-		e.req.Set("From", person())
-	}
+	e.req.Set("Generation", choose(e.Get("Vary") != "", generation, ""),
+		"From", choose(e.Get("Set-Cookie") != "", person, ""))
+	os.MkdirAll(c.dir, 0o700)       // somebody may have removed it
 	root, err := os.OpenRoot(c.dir) // Windows can rename its files while they are open
-	if err != nil && os.MkdirAll(c.dir, 0o700) == nil {
-		root, err = os.OpenRoot(c.dir)
-	}
 	if err == nil {
 		e.file, err = root.OpenFile(temporary+rand.Text(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		root.Close()
@@ -404,13 +394,11 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 	}
 	private := strings.ReplaceAll(strings.Join(e.arguments("private", "no-cache"), ","), " ", "")
 	e.Del(append(strings.Split(private, ","), "Content-Length")...)
-	var head bytes.Buffer
-	e.req.write(&head)
-	e.write(&head, "Content-Length", fmt.Sprintf("%20d", e.size))
-	e.off = int64(head.Len())
-	e.Write(head.Bytes())
+	head := e.text(e.req.text(nil), "Content-Length", fmt.Sprintf("%20d", e.size))
+	e.off = int64(len(head))
+	e.Write(head)
 	e.Del("Age")
-	defer c.lock()()
+	defer lock(c)()
 	if old != nil {
 		c.files, c.size = c.files-1, c.size-old.off-old.size
 	}
@@ -428,16 +416,13 @@ func (e *Entry) run(c *Cache) {
 	if e.size < 0 {
 		e.file.WriteAt(fmt.Appendf(nil, "%20d", e.taken-e.off), e.off-24)
 	}
-	unlock := c.lock()
+	unlock := lock(c)
 	whole := err == nil && !e.broken && c.under[e.key] == e
 	unlock() // it has to be in its place before it is forgotten, and nobody is to wait for that
-	if !whole || os.Rename(e.file.Name(), c.path(e.key)) != nil {
-		os.Remove(e.file.Name())
-		whole = false
-	}
-	defer c.lock()()
-	if !e.leave() && whole { // it has been invalidated meanwhile
-		os.Remove(c.path(e.key))
+	whole = whole && os.Rename(e.file.Name(), c.path(e.key)) == nil
+	defer lock(c)()
+	if !e.leave() || !whole { // it broke, or has been invalidated, if not before then meanwhile
+		os.Remove(choose(whole, c.path(e.key), e.file.Name()))
 		whole = false
 	}
 	delete(c.memory, e.key)
@@ -449,7 +434,7 @@ func (e *Entry) run(c *Cache) {
 	}
 	if c.size > c.limit && !c.trimming {
 		c.trimming = true
-		go c.trim()
+		go c.trim(c.size)
 	}
 }
 
@@ -459,7 +444,7 @@ func (e *Entry) Write(p []byte) (n int, _ error) {
 	if !e.broken && e.taken+int64(len(p)) <= cache.limit {
 		n, _ = e.file.Write(p)
 	}
-	defer cache.lock()()
+	defer lock(&cache)()
 	if e.taken += int64(n); n < len(p) {
 		e.broken = true
 		e.leave()
@@ -500,30 +485,25 @@ func (e *Entry) updated(res *Head) *Head {
 	return h
 }
 
-// from returns a reader of the body, n bytes of it where it is here, from off on. To close it ends the use
-// of the entry.
+// from returns a reader of the body, n bytes of it where it is in memory, from off on. To close it ends the
+// use of the entry.
 func (e *Entry) from(off, n int64) io.ReadCloser {
 	switch {
 	case e.passing():
 		return e.source
-	case e.source == nil && e.file != nil:
-		return struct {
-			io.Reader
-			io.Closer
-		}{io.NewSectionReader(e.file, e.off+off, n), e}
-	case e.source == nil:
+	case e.file == nil:
 		return struct {
 			*bytes.Reader
 			io.Closer
 		}{bytes.NewReader(e.memory[off : off+n]), e}
 	}
 	r := &cursor{e, e.off + off}
-	defer cache.lock()()
+	defer lock(&cache)()
 	e.cursors = append(e.cursors, r)
 	return r
 }
 
-// A cursor reads the body of an entry on its way from at on, and waits for what has not arrived. ready
+// A cursor reads the body of an entry in a file from at on, and waits for what has not arrived. ready
 // tells whether all has.
 type cursor struct {
 	*Entry
@@ -531,11 +511,11 @@ type cursor struct {
 }
 
 func (r *cursor) ready() bool {
-	defer cache.lock()()
+	defer lock(&cache)()
 	return r.err != nil || r.end() == r.off+r.size
 }
 func (r *cursor) Read(p []byte) (n int, err error) {
-	unlock := cache.lock()
+	unlock := lock(&cache)
 	for r.at >= r.end() && r.err == nil {
 		r.more.Wait()
 	}
@@ -546,14 +526,14 @@ func (r *cursor) Read(p []byte) (n int, err error) {
 	if unlock(); beyond < 0 {
 		n, err = r.file.ReadAt(p[:min(int64(len(p)), -beyond)], r.at)
 	}
-	defer cache.lock()()
+	defer lock(&cache)()
 	if r.at += int64(n); r.broken {
 		r.more.Broadcast()
 	}
 	return n, err
 }
 func (r *cursor) Close() error {
-	unlock := cache.lock()
+	unlock := lock(&cache)
 	r.cursors = slices.DeleteFunc(r.cursors, func(other *cursor) bool { return other == r })
 	unlock()
 	return r.Entry.Close()
@@ -566,7 +546,7 @@ func (e *Entry) Close() error {
 	} else if e.passing() {
 		return e.source.Close()
 	}
-	defer cache.lock()()
+	defer lock(&cache)()
 	e.users--
 	if e.more.Broadcast(); e.users > 0 || e.file == nil {
 		return nil
@@ -584,7 +564,7 @@ func (c *Cache) due(url string) bool {
 	if c.uses == 1 {
 		return true
 	}
-	defer c.lock()()
+	defer lock(c)()
 	if len(c.seen) > 1<<16 {
 		clear(c.seen) // to count anew is cheaper than to find out which are old
 	}
@@ -593,12 +573,10 @@ func (c *Cache) due(url string) bool {
 	return len(times) >= c.uses && now().Sub(c.seen[url][0]) <= 10*time.Minute
 }
 
-// trim counts the files, and removes what broken downloads have left an hour ago, and the least recently
-// used if they are too much. Only names that the cache itself makes count.
-func (c *Cache) trim() {
-	unlock := c.lock()
-	files, size, before := []os.FileInfo(nil), int64(0), c.size
-	unlock()
+// trim counts the files, where before were thought to be so many bytes, and removes what broken downloads
+// have left an hour ago, and the least recently used if they are too much. Only names of ours count.
+func (c *Cache) trim(before int64) {
+	files, size := []os.FileInfo(nil), int64(0)
 	entries, _ := os.ReadDir(c.dir)
 	for _, entry := range entries {
 		info, err := entry.Info()
@@ -621,6 +599,6 @@ func (c *Cache) trim() {
 		os.Remove(c.dir + "/" + files[0].Name())
 		size -= files[0].Size()
 	}
-	defer c.lock()()
+	defer lock(c)()
 	c.size, c.files, c.trimming = size+c.size-before, int64(len(files)), false
 }

@@ -54,13 +54,13 @@ var (
 	nets    []netip.Prefix                                // blocked
 	active  atomic.Int64                                  // exchanges under way
 	closing atomic.Bool
-	journal struct { // the access log: where it goes, its latest lines, and what it counts
+	journal = struct { // the access log: where it goes, its latest lines, and what it counts
 		sync.Mutex
 		out                          *bufio.Writer
 		latest                       []string
 		requests, hits, bytes, saved int64
 		begun                        time.Time
-	}
+	}{out: bufio.NewWriterSize(os.Stdout, 64<<10), begun: time.Now()}
 )
 
 func main() {
@@ -70,8 +70,6 @@ func main() {
 	// third faster.
 	ballast := make([]byte, 12<<20)
 	defer runtime.KeepAlive(ballast)
-	journal.out = bufio.NewWriterSize(os.Stdout, 64<<10)
-	journal.begun = now()
 	address := ""
 	if err := attempt(func() { address = configure() }); err != nil {
 		log.Printf("%v; proxy -h tells more", err)
@@ -87,7 +85,7 @@ func main() {
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
 	log.Printf("listening on %s, cache in %s", l.Addr(), *dir)
-	go cache.trim()
+	go cache.trim(0)
 	go func() {
 		for !closing.Load() {
 			if nc, err := l.Accept(); err == nil {
@@ -113,8 +111,7 @@ func main() {
 
 // totals writes the log out, and returns what it counts.
 func totals() string {
-	journal.Lock()
-	defer journal.Unlock()
+	defer lock(&journal)()
 	journal.out.Flush()
 	return fmt.Sprintf("%d requests, %d hits, %d bytes", journal.requests, journal.hits, journal.bytes)
 }
@@ -171,23 +168,20 @@ func configure() (address string) {
 // client answers the requests of one connection, one after another.
 func client(c *Conn) {
 	defer c.Close()
-	reset := false
-	for keep := true; keep && !closing.Load(); {
+	x, reset := &exchange{keep: true}, false
+	for ; x.keep && !closing.Load(); active.Add(-1) {
 		req, err := c.next(false)
 		if _, told := err.(Error); err != nil && !told {
 			return // e.g., it has been closed
 		}
 		active.Add(1)
-		x := &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
-		before := c.written
+		x = &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
+		c.written = 0
 		e := x.try(func() *Entry { fail(err); return x.answer() })
 		if e != nil && x.send(e) != nil {
 			x.code, x.keep, reset = x.code+"_ABORTED", false, x.req.old()
 		}
-		x.sent = c.written - before
 		x.log()
-		keep = x.keep
-		active.Add(-1)
 	}
 	if reset { // nothing else shows in HTTP/1.0 that an answer is cut
 		c.Conn.(*net.TCPConn).SetLinger(0)
@@ -209,13 +203,11 @@ type exchange struct {
 	address, path, url, code, peer, why, kind string
 	direct, keep, behind                      bool // asked as a server; connection is kept; nobody waits
 	status                                    int
-	sent                                      int64
 }
 
 // try makes an answer of what fails.
 func (x *exchange) try(step func() *Entry) (e *Entry) {
-	err := attempt(func() { e = step() })
-	if err != nil {
+	if err := attempt(func() { e = step() }); err != nil {
 		told, ok := err.(Error)
 		told = choose(ok, told, Error("502 "+err.Error()))
 		if bug, is := err.(runtime.Error); is {
@@ -269,9 +261,7 @@ func (x *exchange) answer() *Entry {
 	if limited && (method == "TRACE" || method == "OPTIONS") { // RFC 9110 §7.6.2
 		if req.Set("Max-Forwards", strconv.FormatInt(hops-1, 10)); hops == 0 {
 			req.Del("Authorization", "Cookie", "Proxy-Authorization", "Max-Forwards")
-			var echo strings.Builder
-			req.write(&echo)
-			return page(200, "message/http", choose(method == "TRACE", echo.String(), ""))
+			return page(200, "message/http", choose(method == "TRACE", string(req.text(nil)), ""))
 		}
 	}
 	if req.endToEnd(); x.direct {
@@ -503,8 +493,7 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	res, c, err := origins.ask(x.address, req, x.c, func(interim *Head) {
 		interim.Del("Content-Length")
 		if interim.endToEnd(); !x.behind && !x.req.old() {
-			interim.write(x.c, "Via", via(interim))
-			x.c.Write(nil)
+			x.c.Write(interim.text(nil, "Via", via(interim)))
 		}
 	})
 	if x.why = "proxy; fwd=" + why; err == nil {
@@ -537,7 +526,7 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	}
 	if d == nil {
 		return e
-	} else if cache.store(d, e, old, x.url, x.req, asked, x.person); !d.shared {
+	} else if cache.store(d, e, old, x.url, x.req, asked, x.person()); !d.shared {
 		return e
 	}
 	e.Del("Age")
@@ -628,16 +617,11 @@ func (x *exchange) send(e *Entry) (err error) {
 	none, head, old := h.Status == 204 || h.Status == 304, x.req.Line[0] == "HEAD", x.req.old()
 	silent := none || head && (n < 0 || e.passing()) // of a length, but for what the origin said
 	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.whole() && !closing.Load()
-	length, age := "", ""
-	if !silent && n >= 0 {
-		length = strconv.FormatInt(n, 10)
-	}
-	if e.req != nil {
-		age = strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10)
-	}
+	length := choose(!silent && n >= 0, strconv.FormatInt(n, 10), "")
+	age := choose(e.req != nil, strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10), "")
 	chunks, body := !silent && n < 0 && !old, e.from(off, n)
 	defer body.Close()
-	h.write(x.c, "Content-Length", length, "Transfer-Encoding", choose(chunks, "chunked", ""),
+	x.c.out = h.text(x.c.out, "Content-Length", length, "Transfer-Encoding", choose(chunks, "chunked", ""),
 		"Age", age, "Via", choose(x.why != "", via(h), ""), "Cache-Status", x.why,
 		"Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
 	x.status, x.kind = h.Status, h.Get("Content-Type")
@@ -645,14 +629,11 @@ func (x *exchange) send(e *Entry) (err error) {
 		x.c.Write(nil) // else with what follows
 	}
 	from, n := io.Reader(body), choose(none || head, 0, n)
-	if n == 0 || n > 0 && e.source != nil { // which also makes for a buffer of that size
+	if _, here := body.(io.WriterTo); n == 0 || n > 0 && !here { // which makes for a buffer of that size
 		from = io.LimitReader(body, n)
 	}
 	copied, err := x.c.send(from, chunks && !head)
-	if err == nil && copied < n {
-		err = io.ErrUnexpectedEOF
-	}
-	return err
+	return choose(err == nil && copied < n, io.ErrUnexpectedEOF, err)
 }
 
 // tunnel joins a client and an origin until both have had their say.
@@ -668,8 +649,7 @@ func (x *exchange) tunnel() *Entry {
 	x.c.renew.Store(0)
 	o.expect(untilClose)
 	x.c.expect(untilClose)
-	io.WriteString(x.c, "HTTP/1.1 200 Connection established\r\n\r\n")
-	x.c.Write(nil)
+	x.c.Write([]byte("HTTP/1.1 200 Connection established\r\n\r\n"))
 	up, down := o.carry(x.c), x.c.carry(o)
 	<-up.done
 	<-down.done
@@ -684,10 +664,9 @@ func (x *exchange) log() {
 	stamp, took := strconv.FormatInt(t, 10), strconv.FormatInt(t-x.start.UnixMilli(), 10)
 	line := stamp[:len(stamp)-3] + "." + stamp[len(stamp)-3:] + "       "[min(6, len(took)):] + took + " " +
 		x.c.peer + " " + x.code + "/" + strconv.Itoa(1000 + x.status)[1:] + " " +
-		strconv.FormatInt(x.sent, 10) + " " + printable(x.req.Line[0]) + " " + printable(url) + " - " +
+		strconv.FormatInt(x.c.written, 10) + " " + printable(x.req.Line[0]) + " " + printable(url) + " - " +
 		x.peer + " " + printable(kind) + "\n"
-	journal.Lock()
-	defer journal.Unlock()
+	defer lock(&journal)()
 	journal.out.WriteString(line)
 	if x.direct && x.path == "/" { // to look at the page is not to be seen on it
 		return
@@ -696,8 +675,8 @@ func (x *exchange) log() {
 		journal.latest = append(journal.latest[:0], journal.latest[maxLatest:]...)
 	}
 	journal.requests++
-	if journal.bytes += x.sent; strings.Contains(x.code, "HIT") {
-		journal.hits, journal.saved = journal.hits+1, journal.saved+x.sent
+	if journal.bytes += x.c.written; strings.Contains(x.code, "HIT") {
+		journal.hits, journal.saved = journal.hits+1, journal.saved+x.c.written
 	}
 }
 
@@ -718,9 +697,8 @@ max-width:45em){td{display:inline-block;white-space:normal}tr,td:last-child{disp
 // status is the page about all this: what has been counted, and what the end of the log tells.
 func status() string {
 	totals := totals()
-	defer cache.lock()()
-	journal.Lock()
-	defer journal.Unlock()
+	defer lock(&cache)()
+	defer lock(&journal)()
 	outcomes, hosts, rows, hits, recent := map[string]int{}, map[string]int{}, "", 0, 0
 	for i, line := range slices.Backward(journal.latest) {
 		f := strings.Fields(html.EscapeString(line)) // no URL can become markup

@@ -30,10 +30,8 @@ const (
 	chunked, untilClose, endless = -1, -2, 1 << 62 // what framing returns besides a length; more than any
 )
 
-var (
-	errSilent = errors.New("closed the connection without an answer") // as an idle one may at any time
-	errGoesOn = errors.New("not done")
-)
+var errSilent = errors.New("closed the connection without an answer") // as an idle one may at any time
+var errGoesOn = errors.New("not done")
 
 // An Error is what a client is told: a status and a sentence. must ends an exchange with one, fail with
 // any error, by a panic that attempt turns into an error again: so a check takes one line.
@@ -74,14 +72,12 @@ type Field struct{ Name, Value string }
 // line reads a line. What another program could take for the end of one does not pass: that is how
 // requests are smuggled and answers split (RFC 9112 §2.2, §11); nor, where it is strict, a bare LF.
 func (c *Conn) line(strict bool, long string) (text string) {
-	for err := bufio.ErrBufferFull; err == bufio.ErrBufferFull; {
-		var part []byte
-		part, err = c.in.ReadSlice('\n')
+	for !strings.HasSuffix(text, "\n") {
+		part, err := c.in.ReadSlice('\n') // a full buffer is no error
 		c.room -= int64(len(part))
 		must(c.room >= 0, long)
-		if text += string(part); err != bufio.ErrBufferFull {
-			fail(noEOF(err))
-		}
+		fail(choose(err == bufio.ErrBufferFull, nil, noEOF(err)))
+		text += string(part)
 	}
 	text, crlf := strings.CutSuffix(text[:len(text)-1], "\r")
 	valid := crlf || !strict
@@ -126,26 +122,20 @@ func (c *Conn) head(answer bool) *Head {
 	return h
 }
 
-// write writes the head. More fields are given by name and value in turn; those that have no value are
+// text appends the head to b. More fields are given by name and value in turn; those that have no value are
 // left out, as Set does it, which puts them in the place of all of those names.
-func (h *Head) write(w io.StringWriter, pairs ...string) {
-	write := func(name, separator, value string) {
-		w.WriteString(name)
-		w.WriteString(separator)
-		w.WriteString(value)
-		w.WriteString("\r\n")
-	}
+func (h *Head) text(b []byte, pairs ...string) []byte {
 	version := choose(h.Status == 0, h.Line[0], "HTTP/1.1") // an answer's is ours (RFC 9110 §6.2)
-	write(version+" "+h.Line[1], " ", h.Line[2])
+	b = join(b, version, " ", h.Line[1], " ", h.Line[2], "\r\n")
 	for _, f := range h.Fields {
-		write(f.Name, ": ", f.Value)
+		b = join(b, f.Name, ": ", f.Value, "\r\n")
 	}
 	for ; len(pairs) > 0; pairs = pairs[2:] {
 		if pairs[1] != "" {
-			write(pairs[0], ": ", pairs[1])
+			b = join(b, pairs[0], ": ", pairs[1], "\r\n")
 		}
 	}
-	w.WriteString("\r\n")
+	return join(b, "\r\n")
 }
 func (h *Head) Clone() *Head { return &Head{h.Line, h.Status, slices.Clone(h.Fields)} }
 func (h *Head) Get(name string) string { // the first of that name
@@ -256,7 +246,7 @@ type Conn struct {
 	net.Conn
 	in          *bufio.Reader
 	out         []byte // what goes out with the next Write
-	written     int64  // bytes
+	written     int64  // bytes of the exchange
 	wait        time.Duration
 	renew       atomic.Int64 // Unix nanoseconds from which on the deadline has to be moved
 	room        int64        // bytes that lines may have until they are too long
@@ -280,10 +270,9 @@ func (c *Conn) extend() { // once in a sixteenth of the wait, as it costs 0.3 µ
 		c.SetDeadline(t.Add(c.wait + c.wait/16))
 	}
 }
-func (c *Conn) Read(p []byte) (int, error)        { c.extend(); return c.Conn.Read(p) }
-func (c *Conn) WriteString(s string) (int, error) { c.out = append(c.out, s...); return len(s), nil }
+func (c *Conn) Read(p []byte) (int, error) { c.extend(); return c.Conn.Read(p) }
 
-// Write writes what WriteString has gathered and p, as one where it is small, as each write costs 5 µs, else
+// Write writes what has been gathered in out and p, as one where it is small, as each write costs 5 µs, else
 // not copied, in pieces that a slow reader takes in time.
 func (c *Conn) Write(p []byte) (n int, err error) {
 	if n = len(p); n <= maxCopied {
@@ -359,7 +348,7 @@ func (b body) Close() error {
 		return b.Conn.Close()
 	}
 	b.extend()
-	defer origins.lock()()
+	defer lock(&origins)()
 	origins.idle = append(origins.idle, b.Conn)
 	return nil
 }
@@ -374,12 +363,9 @@ func (w chunkWriter) Write(p []byte) (int, error) {
 
 // send writes a body, each piece as it comes, to its end.
 func (c *Conn) send(from io.Reader, chunks bool) (n int64, err error) {
-	to, end := io.Writer(c), ""
-	if chunks {
-		to, end = chunkWriter{c}, "0\r\n\r\n"
-	}
+	to := choose[io.Writer](chunks, chunkWriter{c}, c)
 	if n, err = io.Copy(to, from); err == nil {
-		_, err = c.Write([]byte(end))
+		_, err = to.Write(nil) // the last chunk, or what has been gathered
 	}
 	return n, err
 }
@@ -426,12 +412,10 @@ type Origins struct {
 	idle       []*Conn
 }
 
-func (o *Origins) lock() (unlock func()) { o.Lock(); return o.Unlock }
-
 // take returns an idle connection to an address, or nil, and closes those that were not needed for too
 // long.
 func (o *Origins) take(address string) (taken *Conn) {
-	defer o.lock()()
+	defer lock(o)()
 	unused := time.Now().Add(-stallWait).UnixNano()
 	o.idle = slices.DeleteFunc(o.idle, func(c *Conn) bool {
 		wanted := taken == nil && c.origin == address
@@ -476,7 +460,7 @@ func (o *Origins) ask(address string, req *Head, client *Conn, tell func(*Head))
 // ask does this on one connection, and closes it where it fails.
 func (c *Conn) ask(req *Head, client *Conn, tell func(*Head)) (res *Head, err error) {
 	c.expect(0)
-	req.write(c)
+	c.out = req.text(c.out)
 	_, unsent := c.Write(nil)
 	if client.kind != 0 && unsent == nil { // the answer may come before its end (RFC 9112 §9.5)
 		client.upload = c.carry(client)
@@ -507,6 +491,13 @@ func same(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b)
 func oneOf(s string, of ...string) bool {
 	return slices.ContainsFunc(of, func(t string) bool { return same(s, t) })
 }
+func join(b []byte, parts ...string) []byte {
+	for _, part := range parts {
+		b = append(b, part...)
+	}
+	return b
+}
+func lock(l sync.Locker) (unlock func()) { l.Lock(); return l.Unlock }
 func isToken(s string) bool { // as methods and names of fields are (RFC 9110 §5.6.2)
 	for _, c := range []byte(s) {
 		if c <= ' ' || c > '~' || strings.IndexByte(`"(),/:;<=>?@[\]{}`, c) >= 0 {
@@ -516,9 +507,6 @@ func isToken(s string) bool { // as methods and names of fields are (RFC 9110 §
 	return s != ""
 }
 func digits(s string) (int64, bool) { // one too large is the largest
-	if s == "" {
-		return 0, false
-	}
 	n, err := strconv.ParseUint(s, 10, 63)
 	return int64(n), err == nil || n > 0
 }
