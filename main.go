@@ -1,9 +1,8 @@
 // Proxy is a caching HTTP/1.1 forward proxy. Usage: proxy [flags] [port | host:port]
 //
-// A bare port, 8899 if none is given, is opened to this machine only, ":8899" to the network; proxy -h
-// lists the flags. Requests are logged to stdout in Squid's native format, what concerns the operator to
-// stderr. Here is the life of a request; request.go is HTTP on the wire, cache.go the store and its
-// rules.
+// A bare port, 8899 if none is given, is open to this machine only, ":8899" to the network; proxy -h
+// lists flags. Requests are logged to stdout in Squid's native format, trouble to stderr. This file is
+// the life of a request, request.go HTTP on the wire, cache.go the store and its rules.
 package main
 
 import (
@@ -66,8 +65,7 @@ var (
 func main() {
 	log.SetFlags(0)
 	log.SetPrefix("proxy: ")
-	// Never touched it takes no memory, but the collector waits until as much more is in use: hits are a
-	// third faster.
+	// Never touched, it takes no memory, but the collector counts it and runs less often: faster hits.
 	ballast := make([]byte, 12<<20)
 	defer runtime.KeepAlive(ballast)
 	address := ""
@@ -193,9 +191,8 @@ func client(c *Conn) {
 	io.Copy(io.Discard, io.LimitReader(c.Conn, 1<<20))
 }
 
-// An exchange is a request and its answer. It asks address, host:port, for path; url, both without the
-// scheme, is the key in the cache. The outcome is code and peer in the words of Squid's log, why in those
-// of Cache-Status.
+// An exchange is a request and its answer. It asks address, host:port, for path; url, host and path, is
+// the key in the cache. The outcome is code and peer in the words of Squid's log, why in Cache-Status's.
 type exchange struct {
 	c                                         *Conn
 	req, own                                  *Head // own is the answer's head if it is not the entry's
@@ -277,9 +274,8 @@ func (x *exchange) answer() *Entry {
 	return x.cached() // 5
 }
 
-// route reads what is asked for from the request target, in its four forms, and Host (RFC 9112 §3.2),
-// which it returns. The connection is closed after what fails here, as nobody knows where the next
-// request begins, and after a CONNECT whatever comes of it.
+// route reads the request target, in its four forms, and Host (RFC 9112 §3.2), and returns Host. keep is
+// set last: after a failure nobody knows where the next request begins, after a CONNECT there is none.
 func (x *exchange) route() (us string) {
 	method, target, named := x.req.Line[0], x.req.Line[1], x.req.list("Host")
 	kind := x.req.framing(false)
@@ -328,14 +324,13 @@ func (x *exchange) host() string   { return strings.TrimSuffix(x.address, ":80")
 func portOf(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
 func hostOf(address string) string { host, _, _ := net.SplitHostPort(address); return host }
 
-// control refuses a blocked origin: before anything is asked, and by the address that is dialed in the
-// end.
+// control refuses a blocked origin: before it is asked, and, as the Dialer's, by the IP that is dialed.
 func control(_, address string, _ syscall.RawConn) error {
 	return choose[error](blocked(hostOf(address)), Error("403 "+address+" is blocked"), nil)
 }
 
-// blocked tells whether a host is on the list. Where that has addresses names are looked up, so that it
-// counts for what is stored too. The unspecified address would lead to this machine.
+// blocked tells whether a host is on the list. If that has addresses, names are looked up here too, as a
+// hit dials nobody. The unspecified address (0.0.0.0) would lead to this machine.
 func blocked(host string) bool {
 	host = strings.TrimRight(host, ".")
 	for name := host; name != "" && len(hosts) > 0; _, name, _ = strings.Cut(name, ".") {
@@ -460,8 +455,8 @@ func (x *exchange) refresh() {
 	body.Close()
 }
 
-// outgoing is the request as the origin gets it. It asks whether what is stored is still good in the
-// place of what the client has (RFC 9111 §4.3.1); validates tells that it does.
+// outgoing is the request as the origin gets it; validates tells that it asks whether what is stored is
+// still good, in the place of what the client has (RFC 9111 §4.3.1).
 func (x *exchange) outgoing(stored *Entry) (h *Head, validates bool) {
 	h = x.req.Clone()
 	h.Line = [3]string{x.req.Line[0], x.path, "HTTP/1.1"}
@@ -552,8 +547,8 @@ func (x *exchange) invalidate(references ...string) {
 // via is what RFC 9110 §7.6.3 has us say of a message.
 func via(h *Head) string { return choose(h.old(), "1.0 ", "1.1 ") + name }
 
-// person tells one from another, as a cookie goes from the cache only to whom it was set. Who does not say
-// what he uses is nobody that one could know again.
+// person tells one from another, as a cookie goes from the cache only to whom it was set. Nobody who
+// sends no User-Agent can be known again.
 func (x *exchange) person() string {
 	if x.req.Get("User-Agent") == "" {
 		return rand.Text()
