@@ -122,8 +122,8 @@ func (c *Conn) head(answer bool) *Head {
 	return h
 }
 
-// text appends the head to b. More fields are given by name and value in turn; those that have no value are
-// left out, as Set does it, which puts them in the place of all of those names.
+// text appends the head to b, and more fields, given by name and value in turn, but for those without a
+// value. Set takes them in the same way, and puts them in the place of all fields of those names.
 func (h *Head) text(b []byte, pairs ...string) []byte {
 	version := choose(h.Status == 0, h.Line[0], "HTTP/1.1") // an answer's is ours (RFC 9110 §6.2)
 	b = join(b, version, " ", h.Line[1], " ", h.Line[2], "\r\n")
@@ -157,8 +157,7 @@ func (h *Head) Set(pairs ...string) {
 	}
 }
 
-// list returns what commas separate in all fields of a name, commas in quoted strings aside (RFC 9110
-// §5.6.1).
+// list splits all fields of a name at commas, but not at those in quoted strings (RFC 9110 §5.6.1).
 func (h *Head) list(name string) (elements []string) {
 	for _, f := range h.Fields {
 		for i, start, quoted := 0, 0, false; same(f.Name, name) && i <= len(f.Value); i++ {
@@ -181,8 +180,7 @@ func (h *Head) keepAlive() bool { // RFC 9112 §9.3
 }
 
 // endToEnd removes what concerns one connection only (RFC 9110 §7.6.1): what Connection names, but not
-// what framing, routing and caching need, as to name that is an attack; Trailer too, as trailers are
-// dropped.
+// what framing, routing and caching need, as to name that is an attack; and Trailer, as we drop them.
 func (h *Head) endToEnd() {
 	h.Del(slices.DeleteFunc(h.list("Connection"), func(name string) bool {
 		return oneOf(name, "Host", "Content-Length", "Via", "Max-Forwards", "Cache-Control", "Vary")
@@ -212,8 +210,7 @@ func (h *Head) framing(bodiless bool) int64 {
 	return choose(plain, chunked, length)
 }
 
-// authority reads host[:port], and returns it in one spelling: lower case, IPv6 as in RFC 5952, with a
-// port.
+// authority returns host[:port] in one spelling: lower case, IPv6 as in RFC 5952, and with a port.
 func authority(s string) string {
 	host, port := s, "80"
 	if i := strings.LastIndexByte(host, ':'); i > strings.LastIndexByte(host, ']') {
@@ -231,8 +228,7 @@ func authority(s string) string {
 	return strings.ToLower(host) + ":" + strconv.FormatUint(n, 10)
 }
 
-// authority reads one as it stands on this connection, where most are the same: the one in Host and the
-// URL, and those of the next request. To read one costs 0.5 µs.
+// authority remembers the last: Host, the URL and the next request have the same, and one costs 0.5 µs.
 func (c *Conn) authority(s string) string {
 	if s == "" || s != c.named {
 		c.named, c.origin = s, authority(s)
@@ -272,8 +268,8 @@ func (c *Conn) extend() { // once in a sixteenth of the wait, as it costs 0.3 µ
 }
 func (c *Conn) Read(p []byte) (int, error) { c.extend(); return c.Conn.Read(p) }
 
-// Write writes what has been gathered in out and p, as one where it is small, as each write costs 5 µs, else
-// not copied, in pieces that a slow reader takes in time.
+// Write writes out and p: a small p as one with out, as each write costs 5 µs, else not copied, in pieces
+// that a slow reader takes in time.
 func (c *Conn) Write(p []byte) (n int, err error) {
 	if n = len(p); n <= maxCopied {
 		c.out, p = append(c.out, p...), nil
@@ -412,8 +408,7 @@ type Origins struct {
 	idle       []*Conn
 }
 
-// take returns an idle connection to an address, or nil, and closes those that were not needed for too
-// long.
+// take returns an idle connection to an address, or nil, and closes those that have been idle too long.
 func (o *Origins) take(address string) (taken *Conn) {
 	defer lock(o)()
 	unused := time.Now().Add(-stallWait).UnixNano()
