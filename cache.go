@@ -38,8 +38,7 @@ var (
 )
 
 // An Entry is an answer: a head, and a body in memory, in a file, or on its way from source. What goes
-// into a file on its way is read as it grows by all who ask for it, each at its own pace: none depends on
-// another.
+// into a file is read as it grows by all who ask for it, each at its own pace: none depends on another.
 type Entry struct {
 	*Head
 	req        *Head         // of a stored one: its URL, when it was asked for, and what Vary selects by
@@ -198,9 +197,8 @@ func (s *Cache) open(name string) (e *Entry) {
 	return e
 }
 
-// arguments returns those of the directives of some names in Cache-Control, "" for one that has none; is
-// tells whether there is one without, seconds the first as a number, 0 for a malformed one (RFC 9111
-// §4.2.1).
+// arguments returns those of all directives of some names in Cache-Control, "" for one that has none; is
+// tells whether one has none, seconds is the first as a number, 0 if malformed (RFC 9111 §4.2.1).
 func (h *Head) arguments(names ...string) (all []string) {
 	for _, directive := range h.list("Cache-Control") {
 		if name, argument, _ := strings.Cut(directive, "="); oneOf(name, names...) {
@@ -320,9 +318,8 @@ func (e *Entry) part(req *Head) (status int, off, n int64) {
 	return choose(e.Status == 206, 0, e.Status), 0, e.size
 }
 
-// claim takes part in what is on its way under a key. If nothing is, the caller has to lead: to ask the
-// origin, and then to call store or drop. It is nil if something has been stored since changes were
-// counted.
+// claim returns what is on its way under a key. If nothing is, the caller has to lead: to ask the origin,
+// and then to call store or drop. nil says that something has been stored since changes: look again.
 func (c *Cache) claim(key string, changes int64) (e *Entry, leads bool) {
 	defer lock(c)()
 	if e = c.under[key]; e == nil && c.changes == changes {
@@ -485,8 +482,8 @@ func (e *Entry) updated(res *Head) *Head {
 	return h
 }
 
-// from returns a reader of the body, n bytes of it where it is in memory, from off on. To close it ends the
-// use of the entry.
+// from returns a reader of the body, n bytes of it where it is in memory, from off on. To close it ends
+// the use of the entry.
 func (e *Entry) from(off, n int64) io.ReadCloser {
 	switch {
 	case e.passing():
