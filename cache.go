@@ -361,7 +361,7 @@ func (e *Entry) storable(req *Head) bool {
 
 // store puts what came, as the answer to req, into the file of e, if it may and there is use for it. old
 // is what it replaces, person tells whose its cookies are.
-func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Time, person string) {
+func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Time, person func() string) {
 	if !came.storable(req) || came.size > c.limit {
 		return
 	}
@@ -378,7 +378,7 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 		generation = cmp.Or(old.req.Get("Generation"), generation)
 	}
 	e.req.Set("Generation", choose(e.Get("Vary") != "", generation, ""),
-		"From", choose(e.Get("Set-Cookie") != "", person, ""))
+		"From", choose(e.Get("Set-Cookie") != "", person(), ""))
 	os.MkdirAll(c.dir, 0o700)       // somebody may have removed it
 	root, err := os.OpenRoot(c.dir) // Windows can rename its files while they are open
 	if err == nil {

@@ -521,7 +521,7 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	}
 	if d == nil {
 		return e
-	} else if cache.store(d, e, old, x.url, x.req, asked, x.person()); !d.shared {
+	} else if cache.store(d, e, old, x.url, x.req, asked, x.person); !d.shared {
 		return e
 	}
 	e.Del("Age")
