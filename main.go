@@ -35,8 +35,6 @@ import (
 	"time"
 )
 
-const maxLatest = 1000 // lines of the log from which on the status page tells
-
 var (
 	dir   = flag.String("cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"), "`directory` of the cache")
 	size  = flag.String("size", "1G", "most `bytes` that it holds, as 500M or 10G")
@@ -666,9 +664,7 @@ func (x *exchange) log() {
 	if x.direct && x.path == "/" { // to look at the page is not to be seen on it
 		return
 	}
-	if journal.latest = append(journal.latest, line); len(journal.latest) == 2*maxLatest {
-		journal.latest = append(journal.latest[:0], journal.latest[maxLatest:]...)
-	}
+	journal.latest = append(journal.latest[max(0, len(journal.latest)-999):], line)
 	journal.requests++
 	if journal.bytes += x.c.written; strings.Contains(x.code, "HIT") {
 		journal.hits, journal.saved = journal.hits+1, journal.saved+x.c.written
