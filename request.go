@@ -126,16 +126,19 @@ func (c *Conn) head(answer bool) *Head {
 // value. Set takes them in the same way, and puts them in the place of all fields of those names.
 func (h *Head) text(b []byte, pairs ...string) []byte {
 	version := choose(h.Status == 0, h.Line[0], "HTTP/1.1") // an answer's is ours (RFC 9110 §6.2)
-	b = join(b, version, " ", h.Line[1], " ", h.Line[2], "\r\n")
+	line := func(name, separator, value string) {
+		b = append(append(append(append(b, name...), separator...), value...), "\r\n"...)
+	}
+	line(version+" "+h.Line[1], " ", h.Line[2])
 	for _, f := range h.Fields {
-		b = join(b, f.Name, ": ", f.Value, "\r\n")
+		line(f.Name, ": ", f.Value)
 	}
 	for ; len(pairs) > 0; pairs = pairs[2:] {
 		if pairs[1] != "" {
-			b = join(b, pairs[0], ": ", pairs[1], "\r\n")
+			line(pairs[0], ": ", pairs[1])
 		}
 	}
-	return join(b, "\r\n")
+	return append(b, "\r\n"...)
 }
 func (h *Head) Clone() *Head { return &Head{h.Line, h.Status, slices.Clone(h.Fields)} }
 func (h *Head) Get(name string) string { // the first of that name
@@ -485,12 +488,6 @@ func noEOF(err error) error { return choose(err == io.EOF, io.ErrUnexpectedEOF, 
 func same(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b) } // a Kelvin sign is no k
 func oneOf(s string, of ...string) bool {
 	return slices.ContainsFunc(of, func(t string) bool { return same(s, t) })
-}
-func join(b []byte, parts ...string) []byte {
-	for _, part := range parts {
-		b = append(b, part...)
-	}
-	return b
 }
 func lock(l sync.Locker) (unlock func()) { l.Lock(); return l.Unlock }
 func isToken(s string) bool { // as methods and names of fields are (RFC 9110 §5.6.2)
