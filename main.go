@@ -127,8 +127,7 @@ func configure() (address string) {
 		os.Exit(0)
 	}
 	fail(err)
-	address = cmp.Or(address, "8899")
-	address = choose(strings.Trim(address, "0123456789") == "", "127.0.0.1:"+address, address)
+	address = choose(strings.Trim(address, "0123456789") == "", "127.0.0.1:"+cmp.Or(address, "8899"), address)
 	_, port, err := net.SplitHostPort(address)
 	n, ok := digits(port)
 	must(err == nil && ok && n < 65536, "400 neither a port nor host:port:", address)
