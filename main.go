@@ -72,10 +72,9 @@ func main() {
 		os.Exit(2)
 	}
 	l, err := net.Listen("tcp", address)
-	if os.MkdirAll(*dir, 0o700); err == nil {
-		err = cmp.Or(os.WriteFile(*dir+"/"+temporary, nil, 0o600), os.Remove(*dir+"/"+temporary))
-	}
-	if err != nil {
+	os.MkdirAll(*dir, 0o700)
+	trial := *dir + "/" + temporary
+	if err = cmp.Or(err, os.WriteFile(trial, nil, 0o600), os.Remove(trial)); err != nil {
 		log.Fatal(err) // with status 1
 	}
 	stop := make(chan os.Signal, 1)
