@@ -278,11 +278,17 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		c.out, p = append(c.out, p...), nil
 	}
 	for err == nil && len(c.out)+len(p) > 0 {
-		pieces := net.Buffers{c.out, p[:min(len(p), maxPiece)]}
-		c.out, p = choose(cap(c.out) > 2*maxCopied, nil, c.out[:0]), p[len(pieces[1]):]
+		head, piece, written := c.out, p[:min(len(p), maxPiece)], 0
+		c.out, p = choose(cap(c.out) > 2*maxCopied, nil, c.out[:0]), p[len(piece):]
 		c.extend()
-		written, failed := pieces.WriteTo(c.Conn)
-		c.written, err = c.written+written, failed
+		if len(head) > 0 && len(piece) > 0 {
+			var both int64
+			both, err = (&net.Buffers{head, piece}).WriteTo(c.Conn)
+			written = int(both)
+		} else {
+			written, err = c.Conn.Write(choose(len(head) > 0, head, piece))
+		}
+		c.written += int64(written)
 	}
 	return n, err
 }
