@@ -56,7 +56,7 @@ type Entry struct {
 	more       sync.Cond // there are more, or no more come:
 	err        error     // io.EOF, or what broke it
 	users      int       // of it
-	cursors    []*cursor // theirs, while it is on its way
+	cursors    []*cursor // theirs, of a file
 	broken     bool      // the file does not take more
 	used, read time.Time // when its file was last used, and read into memory
 }
@@ -173,18 +173,18 @@ func (c *Cache) find(key string) (e *Entry, changes int64) {
 
 // open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
 // in it, its size from Content-Length.
-func (s *Cache) open(name string) (e *Entry) {
-	info, err := os.Lstat(s.dir + "/" + name)
+func (c *Cache) open(name string) (e *Entry) {
+	info, err := os.Lstat(c.dir + "/" + name)
 	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
 		return nil
 	}
-	file, _ := os.Open(s.dir + "/" + name) // nil reads as an error
-	c := Conn{in: bufio.NewReader(file), room: 2 * maxHead}
+	file, _ := os.Open(c.dir + "/" + name) // nil reads as an error
+	text := Conn{in: bufio.NewReader(file), room: 4 * maxHead}
 	if attempt(func() {
 		e = &Entry{file: file, used: info.ModTime(), users: 1, err: io.EOF}
-		e.req, e.Head = c.head(false), c.head(true)
+		e.req, e.Head = text.head(false), text.head(true)
 		e.size, _ = digits(e.Get("Content-Length"))
-		e.off, _ = file.Seek(-int64(c.in.Buffered()), io.SeekCurrent)
+		e.off, _ = file.Seek(-int64(text.in.Buffered()), io.SeekCurrent)
 		e.taken = e.off + e.size
 		ours := strings.HasPrefix(name+"~", fileName(strings.TrimPrefix(e.req.Line[1], "http://"))+"~")
 		must(ours && e.taken == info.Size(), "502 damaged")
@@ -192,7 +192,7 @@ func (s *Cache) open(name string) (e *Entry) {
 		file.Close()
 		return nil
 	}
-	e.assess(s.ttl)
+	e.assess(c.ttl)
 	e.Del("Age", "Content-Length")
 	return e
 }
@@ -373,14 +373,13 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 	if !useful && e.Get("ETag")+e.Get("Last-Modified") == "" {
 		return
 	}
-	generation := rand.Text()
-	if old != nil {
-		generation = cmp.Or(old.req.Get("Generation"), generation)
-	}
+	generation := cmp.Or(cmp.Or(old, e).req.Get("Generation"), rand.Text()) // e has none yet
 	e.req.Set("Generation", choose(e.Get("Vary") != "", generation, ""),
 		"From", choose(e.Get("Set-Cookie") != "", person(), ""))
-	os.MkdirAll(c.dir, 0o700)       // somebody may have removed it
 	root, err := os.OpenRoot(c.dir) // Windows can rename its files while they are open
+	if err != nil && os.MkdirAll(c.dir, 0o700) == nil {
+		root, err = os.OpenRoot(c.dir)
+	}
 	if err == nil {
 		e.file, err = root.OpenFile(temporary+rand.Text(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		root.Close()
@@ -446,11 +445,11 @@ func (e *Entry) Write(p []byte) (n int, _ error) {
 		e.broken = true
 		e.leave()
 		behind := func(r *cursor) bool { return r.at < e.end() }
-		for full := len(e.memory) > maxBehind; full; e.more.Wait() {
-			if len(e.cursors) >= e.users && !slices.ContainsFunc(e.cursors, behind) {
-				e.taken, e.memory = e.end(), e.memory[:0]
-				break
+		if len(e.memory) > maxBehind {
+			for len(e.cursors) < e.users || slices.ContainsFunc(e.cursors, behind) {
+				e.more.Wait()
 			}
+			e.taken, e.memory = e.end(), e.memory[:0]
 		}
 		e.memory = append(e.memory, p[n:]...)
 	}

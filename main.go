@@ -162,20 +162,21 @@ func configure() (address string) {
 // client answers the requests of one connection, one after another.
 func client(c *Conn) {
 	defer c.Close()
-	x, reset := &exchange{keep: true}, false
-	for ; x.keep && !closing.Load(); active.Add(-1) {
+	keep, reset := true, false
+	for ; keep && !closing.Load(); active.Add(-1) {
 		req, err := c.next(false)
 		if _, told := err.(Error); err != nil && !told {
 			return // e.g., it has been closed
 		}
 		active.Add(1)
-		x = &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
+		x := &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
 		c.written = 0
 		e := x.try(func() *Entry { fail(err); return x.answer() })
 		if e != nil && x.send(e) != nil {
 			x.code, x.keep, reset = x.code+"_ABORTED", false, x.req.old()
 		}
 		x.log()
+		keep = x.keep
 	}
 	if reset { // nothing else shows in HTTP/1.0 that an answer is cut
 		c.Conn.(*net.TCPConn).SetLinger(0)
@@ -522,9 +523,8 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	}
 	e.Del("Age")
 	x.own, x.why = e.Head, x.why+"; stored" // with what is for this client alone
-	r, waits := e.source.(interface{ ready() bool })
-	if e.size >= 0 && e.size <= maxObject && (!waits || r.ready()) {
-		d.run(&cache) // all of it is here
+	if e.size >= 0 && e.size <= maxObject && ready(e.source) {
+		d.run(&cache)
 	} else {
 		go d.run(&cache)
 	}
@@ -616,7 +616,7 @@ func (x *exchange) send(e *Entry) (err error) {
 		"Age", age, "Via", choose(x.why != "", via(h), ""), "Cache-Status", x.why,
 		"Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
 	x.status, x.kind = h.Status, h.Get("Content-Type")
-	if r, ok := body.(interface{ ready() bool }); ok && !r.ready() {
+	if !ready(body) {
 		x.c.Write(nil) // else with what follows
 	}
 	from, n := io.Reader(body), choose(none || head, 0, n)

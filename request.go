@@ -234,28 +234,28 @@ func authority(s string) string {
 // authority remembers the last: Host, the URL and the next request have the same, and one costs 0.5 µs.
 func (c *Conn) authority(s string) string {
 	if s == "" || s != c.named {
-		c.named, c.origin = s, authority(s)
+		c.named, c.address = s, authority(s)
 	}
-	return c.origin
+	return c.address
 }
 
 // A Conn is a connection to a client or an origin on which nothing waits longer than wait, or a file, and
 // the message that is being read from it; expect begins its body, of a kind that framing has found.
 type Conn struct {
 	net.Conn
-	in          *bufio.Reader
-	out         []byte // what goes out with the next Write
-	written     int64  // bytes of the exchange
-	wait        time.Duration
-	renew       atomic.Int64 // Unix nanoseconds from which on the deadline has to be moved
-	room        int64        // bytes that lines may have until they are too long
-	origin      string       // where it leads to, or what the authority named asks for, host:port
-	named       string
-	peer        string    // whom it leads to, without a port
-	kind, left  int64     // what framing said, 0 after the last chunk; bytes to come, of it or a chunk
-	begun, last bool      // a chunk has been read, but for the CR LF behind it; no message follows
-	cut         error     // what broke the reading of the body
-	upload      *transfer // of the body to an origin, if it goes to one
+	in             *bufio.Reader
+	out            []byte // what goes out with the next Write
+	written        int64  // bytes of the exchange
+	wait           time.Duration
+	renew          atomic.Int64 // Unix nanoseconds from which on the deadline has to be moved
+	room           int64        // bytes that lines may have until they are too long
+	origin         string       // where it leads to, host:port
+	peer           string       // whom it leads to, without a port
+	kind, left     int64        // what framing said, 0 after the last chunk; bytes to come, of it or a chunk
+	begun, last    bool         // a chunk has been read, but for the CR LF behind it; no message follows
+	cut            error        // what broke the reading of the body
+	upload         *transfer    // of the request's body from the client to the origin, if it has one
+	named, address string       // the authority that has been read last, and its one spelling
 }
 
 func newConn(nc net.Conn, origin string) *Conn {
@@ -278,17 +278,16 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		c.out, p = append(c.out, p...), nil
 	}
 	for err == nil && len(c.out)+len(p) > 0 {
-		head, piece, written := c.out, p[:min(len(p), maxPiece)], 0
+		head, piece := c.out, p[:min(len(p), maxPiece)]
 		c.out, p = choose(cap(c.out) > 2*maxCopied, nil, c.out[:0]), p[len(piece):]
 		c.extend()
 		if len(head) > 0 && len(piece) > 0 {
-			var both int64
-			both, err = (&net.Buffers{head, piece}).WriteTo(c.Conn)
-			written = int(both)
+			written, failed := (&net.Buffers{head, piece}).WriteTo(c.Conn)
+			c.written, err = c.written+written, failed
 		} else {
-			written, err = c.Conn.Write(choose(len(head) > 0, head, piece))
+			written, failed := c.Conn.Write(choose(len(head) > 0, head, piece))
+			c.written, err = c.written+int64(written), failed
 		}
-		c.written += int64(written)
 	}
 	return n, err
 }
@@ -313,10 +312,12 @@ func (c *Conn) next(answer bool) (h *Head, err error) {
 	return h, choose[error](os.IsTimeout(err), Error("408 the head has not come in 30 seconds"), err)
 }
 
-// A body is what follows a head, decoded.
+// A body is what follows a head, decoded. ready tells of it, or of any reader, that all it has, or of the
+// chunk that it is in, is here.
 type body struct{ *Conn }
 
-func (b body) ready() bool { return b.left > 0 && b.left <= int64(b.in.Buffered()) } // all is there
+func (b body) ready() bool   { return b.left > 0 && b.left <= int64(b.in.Buffered()) }
+func ready(r io.Reader) bool { w, waits := r.(interface{ ready() bool }); return !waits || w.ready() }
 func (b body) Read(p []byte) (n int, err error) {
 	if b.kind == chunked && b.left == 0 {
 		err = attempt(b.nextChunk)
@@ -463,16 +464,15 @@ func (o *Origins) ask(address string, req *Head, client *Conn, tell func(*Head))
 
 // ask does this on one connection, and closes it where it fails.
 func (c *Conn) ask(req *Head, client *Conn, tell func(*Head)) (res *Head, err error) {
-	c.expect(0)
 	c.out = req.text(c.out)
 	_, unsent := c.Write(nil)
 	if client.kind != 0 && unsent == nil { // the answer may come before its end (RFC 9112 §9.5)
 		client.upload = c.carry(client)
 	}
-	for upload := client.upload; err == nil && (res == nil || res.Status < 200); {
+	for err == nil && (res == nil || res.Status < 200) {
 		if res, err = c.next(true); err == nil {
 			err = attempt(func() { c.expect(res.framing(req.Line[0] == "HEAD")) })
-			c.last, c.upload = unsent != nil || !res.keepAlive(), upload
+			c.last, c.upload = unsent != nil || !res.keepAlive(), client.upload
 		}
 		if err == nil && res.Status < 200 {
 			tell(res)
