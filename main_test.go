@@ -501,7 +501,7 @@ func TestLaw(t *testing.T) {
 	eq(t, "missing files", len(law), 0)
 	// The law is less than 1,000 lines in all and 400 a file at most. The code does not keep it: until it
 	// does, these ceilings keep it from growing.
-	ceilings := map[string]int{"main.go": 734, "cache.go": 601, "request.go": 510}
+	ceilings := map[string]int{"main.go": 734, "cache.go": 600, "request.go": 510}
 	total := 0
 	for _, name := range []string{"main.go", "request.go", "cache.go", "main_test.go"} {
 		source, err := os.ReadFile(name)
@@ -3002,7 +3002,7 @@ func TestAbandonedDownloads(t *testing.T) {
 	p := start(t)
 	o := serve(p)
 	gone := make(chan bool, 1)
-	for size, want := range map[int]string{1 << 20: "hit", 8 << 20: "miss"} {
+	for size, want := range map[int]string{1 << 20: "hit", 32 << 20: "miss"} {
 		path := fmt.Sprint("/", size)
 		s := &slowly{fmt.Sprint("Cache-Control: max-age=60 | Content-Length: ", size), bytesOf(size),
 			make(chan bool)}
