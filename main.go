@@ -308,8 +308,7 @@ func (x *exchange) admit() {
 
 // aim takes a URL without its scheme apart.
 func (x *exchange) aim(url string) {
-	end := strings.IndexAny(url, "/?")
-	end = choose(end < 0, len(url), end)
+	end := strings.IndexAny(url+"/", "/?")
 	if x.address, x.path = x.c.authority(url[:end]), url[end:]; !strings.HasPrefix(x.path, "/") {
 		x.path = choose(x.path == "" && x.req.Line[0] == "OPTIONS", "*", "/"+x.path)
 	}
@@ -677,7 +676,7 @@ table{width:100%%;border-collapse:collapse}div{max-height:6em;overflow:auto}i{di
 min-width:3px;background:#38a169}td{padding:0 1em .3em 0;vertical-align:top;max-width:22em;white-space:nowrap;
 overflow:hidden;text-overflow:ellipsis}td:last-child{width:60%%;max-width:none;white-space:normal}@media(
 max-width:45em){td{display:inline-block;white-space:normal}tr,td:last-child{display:block;width:auto}}</style>
-<h1>proxy</h1><p>%s since %s; %.1f MB of them came from the cache.
+<h1>proxy</h1><p>%s since %s; %.1f MB of them came from the cache:<i style="width:%d%%"></i>
 <p>In the last five minutes %d%% of %d requests were hits (the latest are kept).
 <p>The cache has %d files, %.1f of %.1f MB:<i style="width:%d%%"></i>
 <h2>Outcomes of the latest requests</h2><table>%s</table><h2>Busiest hosts</h2><table>%s</table>
@@ -705,8 +704,9 @@ func status() string {
 		}
 	}
 	return fmt.Sprintf(statusPage, totals, journal.begun.Format(time.DateTime), float64(journal.saved)/1e6,
-		hits*100/max(1, recent), recent, cache.files, float64(cache.size)/1e6, float64(cache.limit)/1e6,
-		cache.size*100/max(1, cache.limit), bars(outcomes), bars(hosts), rows)
+		journal.saved*100/max(1, journal.bytes), hits*100/max(1, recent), recent, cache.files,
+		float64(cache.size)/1e6, float64(cache.limit)/1e6, cache.size*100/max(1, cache.limit),
+		bars(outcomes), bars(hosts), rows)
 }
 
 // bars draws what there is most of.

@@ -991,7 +991,8 @@ func TestStatusPage(t *testing.T) {
 	w := p.dial()
 	a := w.answerTo("GET / HTTP/1.1\r\nHost: " + p.addr + "\r\n\r\n")
 	eq(t, "type", a.Get("Content-Type"), "text/html; charset=utf-8")
-	match(t, "requests", a.body, `.*5 requests, 3 hits.*; 9.4 MB of them came from the cache.*`)
+	match(t, "requests", a.body, `.*5 requests, 3 hits.*; 9.4 MB of them came from the cache:`+
+		`<i style="width:\d\d%"></i>.*`)
 	match(t, "share of hits", a.body, `.*60% of 5 requests were hits.*`)
 	match(t, "the cache", a.body, `.*The cache has 1 files, 3.1 of 1073.7 MB.*`)
 	match(t, "outcomes", a.body, `.*<td>TCP_HIT<td>3<td><i style="width:100%"></i><tr>.*`)
