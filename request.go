@@ -316,7 +316,7 @@ func (c *Conn) next(answer bool) (h *Head, err error) {
 // chunk that it is in, is here.
 type body struct{ *Conn }
 
-func (b body) ready() bool   { return b.left > 0 && b.left <= int64(b.in.Buffered()) }
+func (b body) ready() bool   { return b.whole() || b.left > 0 && b.left <= int64(b.in.Buffered()) }
 func ready(r io.Reader) bool { w, waits := r.(interface{ ready() bool }); return !waits || w.ready() }
 func (b body) Read(p []byte) (n int, err error) {
 	if b.kind == chunked && b.left == 0 {
