@@ -488,10 +488,12 @@ func (e *Entry) from(off, n int64) io.ReadCloser {
 	case e.passing():
 		return e.source
 	case e.file == nil:
-		return struct {
-			*bytes.Reader
+		r := &struct {
+			bytes.Reader
 			io.Closer
-		}{bytes.NewReader(e.memory[off : off+n]), e}
+		}{Closer: e}
+		r.Reset(e.memory[off : off+n])
+		return r
 	}
 	r := &cursor{e, e.off + off}
 	defer lock(&cache)()

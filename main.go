@@ -167,9 +167,11 @@ func client(c *Conn) {
 		req, err := c.next(false)
 		if _, told := err.(Error); err != nil && !told {
 			return // e.g., it has been closed
+		} else if err != nil {
+			req = new(Head)
 		}
 		active.Add(1)
-		x := &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
+		x := &exchange{c: c, req: req, start: now(), code: "NONE", peer: "HIER_NONE/-"}
 		c.written = 0
 		e := x.try(func() *Entry { fail(err); return x.answer() })
 		if e != nil && x.send(e) != nil {
@@ -251,8 +253,11 @@ func (x *exchange) answer() *Entry {
 	if kind == chunked && expect == "" { // with a bad first chunk nothing at all is sent on
 		body{x.c}.nextChunk()
 	}
-	hops, limited := digits(req.Get("Max-Forwards"))
-	if limited && (method == "TRACE" || method == "OPTIONS") { // RFC 9110 §7.6.2
+	hops, limited := int64(0), method == "TRACE" || method == "OPTIONS"
+	if limited { // RFC 9110 §7.6.2
+		hops, limited = digits(req.Get("Max-Forwards"))
+	}
+	if limited {
 		if req.Set("Max-Forwards", strconv.FormatInt(hops-1, 10)); hops == 0 {
 			req.Del("Authorization", "Cookie", "Proxy-Authorization", "Max-Forwards")
 			return page(200, "message/http", choose(method == "TRACE", string(req.text(nil)), ""))
@@ -276,9 +281,9 @@ func (x *exchange) answer() *Entry {
 func (x *exchange) route() (us string) {
 	method, target, named := x.req.Line[0], x.req.Line[1], x.req.list("Host")
 	kind := x.req.framing(false)
-	one := len(named) == 1 || len(named) == 0 && x.req.old()
+	one := len(named) == 1 && named[0] != "" || len(named) == 0 && x.req.old()
 	must(one, "400 Host must name one host, not", strings.Join(named, ", "))
-	us = x.c.authority(append(named, "localhost")[0])
+	us = x.c.authority(cmp.Or(strings.Join(named, ""), "localhost"))
 	x.direct = target[0] == '/' || target == "*" && method == "OPTIONS"
 	if x.path = target; method == "CONNECT" {
 		x.address = authority(target)
@@ -322,7 +327,10 @@ func hostOf(address string) string { host, _, _ := net.SplitHostPort(address); r
 
 // control refuses a blocked origin: before it is asked, and, as the Dialer's, by the IP that is dialed.
 func control(_, address string, _ syscall.RawConn) error {
-	return choose[error](blocked(hostOf(address)), Error("403 "+address+" is blocked"), nil)
+	if blocked(hostOf(address)) {
+		return Error("403 " + address + " is blocked")
+	}
+	return nil
 }
 
 // blocked tells whether a host is on the list. If that has addresses, names are looked up here too, as a

@@ -163,7 +163,7 @@ func (h *Head) Set(pairs ...string) {
 // list splits all fields of a name at commas, but not at those in quoted strings (RFC 9110 §5.6.1).
 func (h *Head) list(name string) (elements []string) {
 	for _, f := range h.Fields {
-		for i, start, quoted := 0, 0, false; same(f.Name, name) && i <= len(f.Value); i++ {
+		for i, start, quoted := 0, 0, false; i <= len(f.Value) && (i > 0 || same(f.Name, name)); i++ {
 			if i == len(f.Value) || f.Value[i] == ',' && !quoted {
 				elements, start = append(elements, strings.Trim(f.Value[start:i], " \t")), i+1
 			} else if f.Value[i] == '"' {
