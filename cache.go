@@ -22,6 +22,7 @@ import (
 const (
 	temporary  = "+download-"                              // begins the names of files that are not whole
 	plain      = "abcdefghijklmnopqrstuvwxyz0123456789-./" // what stands for itself in the name of a file
+	hex        = "0123456789abcdef"
 	dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
 	maxSeconds = 1 << 31   // of an age or a lifetime (RFC 9111 §1.2.2)
 	maxObject  = 1 << 20   // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
@@ -88,7 +89,7 @@ func fileName(key string) string {
 	for i, b := range []byte(url) {
 		switch {
 		case device && i == 0, b == '.' && (i == 0 || i == len(url)-1), strings.IndexByte(plain, b) < 0:
-			name = fmt.Appendf(name, "%%%02x", b)
+			name = append(name, '%', hex[b>>4], hex[b&15])
 		case b == '/':
 			name = append(name, '_')
 		default:
@@ -235,11 +236,11 @@ func httpDate(s string) int64 {
 // last change, at most a week, is a fair guess.
 func (e *Entry) assess(ttl int64) {
 	age, _ := digits(append(e.list("Age"), "")[0])
-	date, expires := httpDate(e.Get("Date")), e.Get("Expires")
+	date := httpDate(e.Get("Date"))
 	e.born = min(date, httpDate(e.req.Get("Date"))-min(age, maxSeconds))
 	e.strict = len(e.arguments("s-maxage")) > 0 || e.is("must-revalidate", "proxy-revalidate", "no-cache")
-	if expires != "" {
-		e.life = httpDate(expires) - date
+	if len(e.list("Expires")) > 0 {
+		e.life = httpDate(e.Get("Expires")) - date
 	} else if slices.Contains(heuristic, e.Status) || e.is("public") {
 		e.life = max(ttl, min((date-cmp.Or(httpDate(e.Get("Last-Modified")), date))/10, 7*24*3600))
 	}
@@ -270,7 +271,7 @@ func (e *Entry) judge(req *Head, asked int64) (why string, behind bool) {
 	age := asked - e.born
 	switch ttl := e.life - age; {
 	case req.is("no-cache"), req.Get("Cache-Control") == "" && req.has("Pragma", "no-cache"),
-		age >= req.seconds("max-age", age+1), 0 < ttl && ttl < req.seconds("min-fresh", 0):
+		age >= req.seconds("max-age", age+1), ttl < req.seconds("min-fresh", -endless):
 		return "request", false
 	case ttl > 0, !e.strict && (req.is("max-stale") || -ttl < req.seconds("max-stale", 0)):
 		return "", false
@@ -309,7 +310,7 @@ func (e *Entry) part(req *Head) (status int, off, n int64) {
 		if wanted[1] == "" {
 			a, b = max(0, all-b), all
 		}
-		if end := min(b, e.first+e.size-1) + 1; e.first <= a && a < end {
+		if end := min(b, all-1) + 1; e.first <= a && a < end && end <= e.first+e.size {
 			return 206, a - e.first, end - a
 		} else if a >= all && a <= b {
 			return 416, 0, 0
@@ -351,9 +352,9 @@ func (e *Entry) storable(req *Head) bool {
 		return false
 	}
 	shared := e.arguments("s-maxage")
-	explicit := len(shared) > 0 || len(e.arguments("max-age")) > 0 || e.Get("Expires") != ""
+	explicit := len(shared)+len(e.arguments("max-age"))+len(e.list("Expires")) > 0
 	ours := func(name string) bool { return oneOf(name, "*", "Date", "Generation", "From") }
-	return e.Status != 304 && (e.Status != 206 || part) && len(e.Fields) < maxFields-8 &&
+	return e.Status != 304 && e.Status != 416 && (e.Status != 206 || part) && len(e.Fields) < maxFields-8 &&
 		!slices.ContainsFunc(e.list("Vary"), ours) && !req.is("no-store") && !e.is("private") &&
 		(req.Get("Authorization") == "" || len(shared) > 0 || e.is("public", "must-revalidate")) &&
 		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
@@ -388,8 +389,8 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 		log.Printf("not stored: %v", err)
 		return
 	}
-	private := strings.ReplaceAll(strings.Join(e.arguments("private", "no-cache"), ","), " ", "")
-	e.Del(append(strings.Split(private, ","), "Content-Length")...)
+	private := strings.Join(e.arguments("private", "no-cache"), ",") // names of fields
+	e.Del(append(strings.FieldsFunc(private, separates), "Content-Length")...)
 	head := e.text(e.req.text(nil), "Content-Length", fmt.Sprintf("%20d", e.size))
 	e.off = int64(len(head))
 	e.Write(head)
@@ -488,12 +489,10 @@ func (e *Entry) from(off, n int64) io.ReadCloser {
 	case e.passing():
 		return e.source
 	case e.file == nil:
-		r := &struct {
-			bytes.Reader
+		return struct {
+			*bytes.Reader
 			io.Closer
-		}{Closer: e}
-		r.Reset(e.memory[off : off+n])
-		return r
+		}{bytes.NewReader(e.memory[off : off+n]), e}
 	}
 	r := &cursor{e, e.off + off}
 	defer lock(&cache)()

@@ -136,6 +136,7 @@ func configure() (address string) {
 	must(ok && shift >= 0 && n<<shift>>shift == n, "400 -size is no number of bytes:", *size)
 	must(*uses > 0, "400 -uses must be at least 1")
 	must(*ttl >= 0, "400 -ttl must not be negative")
+	must(*dir != "", "400 -cache must name a directory")
 	cache.dir, cache.limit, cache.ttl, cache.uses = *dir, n<<shift, int64(ttl.Seconds()), *uses
 	for _, text := range []*string{block, auth} {
 		if file, ok := strings.CutPrefix(*text, "@"); ok {
@@ -144,8 +145,9 @@ func configure() (address string) {
 			*text = strings.TrimSpace(string(b))
 		}
 	}
+	must(*auth == "" || strings.Contains(*auth, ":"), "400 -auth must be user:password")
 	*auth = base64.StdEncoding.EncodeToString([]byte(*auth)) // as Basic has it
-	for _, entry := range strings.FieldsFunc(*block, func(c rune) bool { return c <= ' ' || c == ',' }) {
+	for _, entry := range strings.FieldsFunc(*block, separates) {
 		ip, err := netip.ParseAddr(strings.Trim(entry, "[]"))
 		cidr := choose(err == nil, fmt.Sprintf("%v/%d", ip.Unmap(), ip.Unmap().BitLen()), entry)
 		if n, err := netip.ParsePrefix(cidr); err == nil {
@@ -167,11 +169,9 @@ func client(c *Conn) {
 		req, err := c.next(false)
 		if _, told := err.(Error); err != nil && !told {
 			return // e.g., it has been closed
-		} else if err != nil {
-			req = new(Head)
 		}
 		active.Add(1)
-		x := &exchange{c: c, req: req, start: now(), code: "NONE", peer: "HIER_NONE/-"}
+		x := &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
 		c.written = 0
 		e := x.try(func() *Entry { fail(err); return x.answer() })
 		if e != nil && x.send(e) != nil {
@@ -253,12 +253,10 @@ func (x *exchange) answer() *Entry {
 	if kind == chunked && expect == "" { // with a bad first chunk nothing at all is sent on
 		body{x.c}.nextChunk()
 	}
-	hops, limited := int64(0), method == "TRACE" || method == "OPTIONS"
-	if limited { // RFC 9110 §7.6.2
-		hops, limited = digits(req.Get("Max-Forwards"))
-	}
-	if limited {
-		if req.Set("Max-Forwards", strconv.FormatInt(hops-1, 10)); hops == 0 {
+	if method == "TRACE" || method == "OPTIONS" { // RFC 9110 §7.6.2
+		hops, limited := digits(req.Get("Max-Forwards"))
+		req.Set("Max-Forwards", choose(limited, strconv.FormatInt(hops-1, 10), ""))
+		if limited && hops == 0 {
 			req.Del("Authorization", "Cookie", "Proxy-Authorization", "Max-Forwards")
 			return page(200, "message/http", choose(method == "TRACE", string(req.text(nil)), ""))
 		}
@@ -327,10 +325,7 @@ func hostOf(address string) string { host, _, _ := net.SplitHostPort(address); r
 
 // control refuses a blocked origin: before it is asked, and, as the Dialer's, by the IP that is dialed.
 func control(_, address string, _ syscall.RawConn) error {
-	if blocked(hostOf(address)) {
-		return Error("403 " + address + " is blocked")
-	}
-	return nil
+	return attempt(func() { must(!blocked(hostOf(address)), "403 blocked is", address) })
 }
 
 // blocked tells whether a host is on the list. If that has addresses, names are looked up here too, as a
@@ -438,7 +433,7 @@ func (x *exchange) cached() *Entry {
 		if leads {
 			return x.fetch(e, d, why)
 		} else if d != nil { // something is on its way already: wait until it is known what it is
-			if <-d.ready; !d.shared || d == waited { // not for others, or not for this one
+			if <-d.ready; !x.behind && (!d.shared || d == waited) { // not for others, or this one
 				return x.fetch(e, nil, why)
 			}
 			waited, x.why = d, "proxy; fwd="+why+"; collapsed"
@@ -469,8 +464,8 @@ func (x *exchange) outgoing(stored *Entry) (h *Head, validates bool) {
 	length := choose(h.Get("Content-Length") != "" || x.c.begun, strconv.FormatInt(max(0, x.c.kind), 10), "")
 	h.Set("Content-Length", choose(x.c.kind == chunked, "", length),
 		"Transfer-Encoding", choose(x.c.kind == chunked, "chunked", ""))
-	validates = stored != nil && h.Line[0] == "GET" && stored.Get("ETag")+stored.Get("Last-Modified") != ""
-	if validates {
+	if validates = stored != nil && h.Line[0] == "GET" && stored.Status != 206 &&
+		stored.Get("ETag")+stored.Get("Last-Modified") != ""; validates {
 		h.Set("If-None-Match", stored.Get("ETag"), "If-Modified-Since", stored.Get("Last-Modified"))
 	}
 	return h, validates
@@ -505,7 +500,7 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 		return stored
 	}
 	x.reached(err)
-	if res.endToEnd(); res.Get("Date") == "" { // RFC 9110 §6.6.1
+	if res.endToEnd(); httpDate(res.Get("Date")) == 0 { // RFC 9110 §6.6.1
 		res.Set("Date", now().UTC().Format(dateFormat))
 	}
 	if method != "HEAD" && status != 304 { // it says how much there would be
@@ -598,7 +593,7 @@ func (x *exchange) selected(e *Entry) (h *Head, off, n int64) {
 	case status == 206:
 		extent = fmt.Sprintf("bytes %d-%d/%d", e.first+off, e.first+off+n-1, max(e.all, e.size))
 	case status == 416:
-		extent = fmt.Sprintf("bytes */%d", e.size)
+		extent = fmt.Sprintf("bytes */%d", max(e.all, e.size))
 	case strings.HasSuffix(x.code, "_HIT"):
 		x.code = "TCP_IMS_HIT"
 	}

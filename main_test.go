@@ -584,6 +584,8 @@ func TestExitStatus(t *testing.T) {
 		{"0 -uses", 2, "uses"},
 		{"-ttl -1s 0", 2, "ttl"},
 		{"-ttl 5 0", 2, "ttl"},
+		{"-cache= 0", 2, "cache"},
+		{"-auth nobody 0", 2, "auth"},
 		{"-block a/b 0", 2, "a/b"},
 		{"-block 10.0.0.0/99 0", 2, "10.0.0.0/99"},
 		{taken.Addr().String(), 1, "in use"},
@@ -2181,6 +2183,8 @@ func TestFreshness(t *testing.T) {
 		{name: "Expires, over", fields: "Expires: @60" + tag, wait: 63, want: "304"},
 		{name: "Expires counts from Date", fields: "Expires: @0 | Date: @-60" + tag, want: "304"},
 		{name: "Expires of 0", fields: "Expires: 0 | Last-Modified: @-99999", want: "304"},
+		{name: "an empty Expires", fields: "Expires: | Last-Modified: @-99999", want: "304"},
+		{name: "a Date that is none", fields: cc + "max-age=60 | Date: x", wait: 57, want: "hit"},
 		{name: "Expires that is no date", fields: "Expires: Thu, 32 Jan 2099 00:00:00 GMT" + tag,
 			want: "304"},
 		{name: "Expires with UTC", fields: "Expires: Thu, 01 Jan 2099 00:00:00 UTC" + tag, want: "304"},
@@ -2220,6 +2224,8 @@ func TestFreshness(t *testing.T) {
 			wait: 83, want: "304"},
 		{name: "client: any max-stale", fields: cc + "max-age=60" + tag, second: cc + "max-stale",
 			wait: 999, want: "hit"},
+		{name: "client: max-stale, but min-fresh", fields: cc + "max-age=60" + tag, second: cc +
+			"max-stale, min-fresh=1", wait: 63, want: "304"},
 		{name: "but must-revalidate", fields: cc + "max-age=60, must-revalidate" + tag, second: cc +
 			"max-stale", wait: 63, want: "304"},
 		{name: "but proxy-revalidate", fields: cc + "max-age=60, proxy-revalidate" + tag, second: cc +
@@ -2264,6 +2270,7 @@ func TestStorability(t *testing.T) {
 		{name: "302", status: 302, fields: "Last-Modified: @-9999", want: "miss"},
 		{name: "302, explicit", status: 302, fields: fresh, want: "hit"},
 		{name: "500", status: 500, fields: "Last-Modified: @-9999", want: "miss"},
+		{name: "416", status: 416, fields: fresh, first: "Range: bytes=999-", want: "miss"},
 		{name: "503, explicit", status: 503, fields: fresh, want: "hit"},
 		{name: "a cookie", fields: "Set-Cookie: a=b | Last-Modified: @-9999", want: "miss"},
 		{name: "a cookie, explicit", fields: "Set-Cookie: a=b | " + fresh, want: "hit"},
@@ -2277,8 +2284,8 @@ func TestStorability(t *testing.T) {
 
 	o := serve(p)
 	o.put("/", fresh+` | Set-Cookie: me=1 | X-Mine: 2 | X-Kept: 3`, "body")
-	o.put("/mine", fresh+`, private="X-Mine", no-cache="x-other" | X-Mine: 2 | X-Other: 3 | X-Kept: 4`,
-		"body")
+	o.put("/mine", fresh+", private=\"X-Mine,\tX-Too\", no-cache=x-other | "+
+		"X-Mine: 2 | X-Other: 3 | X-Kept: 4 | X-Too: 5", "body")
 	for i, want := range []string{"me=1", ""} {
 		a := p.get(o.url("/"), fmt.Sprintf("User-Agent: %d", i))
 		eq(t, "a cookie is for one", fmt.Sprint(a.Get("Set-Cookie"), a.Get("X-Mine"), o.count("/")),
@@ -2286,8 +2293,9 @@ func TestStorability(t *testing.T) {
 		a = p.get(o.url("/"), "User-Agent: 0")
 		eq(t, "who may have it again", fmt.Sprint(a.Get("Set-Cookie"), o.count("/")), "me=11")
 		a = p.get(o.url("/mine"), "")
-		got := fmt.Sprint(a.Get("X-Mine"), a.Get("X-Other"), a.Get("X-Kept"), o.count("/mine"))
-		eq(t, "so is what is private", got, []string{"2341", "41"}[i])
+		got := fmt.Sprint(a.Get("X-Mine"), a.Get("X-Too"), a.Get("X-Other"), a.Get("X-Kept"),
+			o.count("/mine"))
+		eq(t, "so is what is private", got, []string{"25341", "41"}[i])
 	}
 	fields := regexp.MustCompile(`(?i)Set-Cookie: `)
 	for range 2 { // nothing tells these from each other
@@ -2493,9 +2501,11 @@ func TestPartsAreStored(t *testing.T) {
 		{`Range: bytes=5-6 | If-Range: "2"`, "miss 200 0123456789 "},
 		{`If-None-Match: "1"`, "hit 304  "},
 		{"Range: bytes=3-5", "miss 200 345 "},
-		{"Range: bytes=5-9", "hit 206 5678 bytes 5-8/10"}, // fewer may come than are asked for
+		{"Range: bytes=5-9", "miss 200 56789 "}, // only what is wholly within it (RFC 9111 §3.3)
 		{"Range: bytes=0-1", "miss 200 0123456789 "},
-		{"Range: bytes=-2", "hit 206 8 bytes 8-8/10"},
+		{"Range: bytes=-2", "miss 200 89 "},
+		{"Range: bytes=4-99", "miss 200 456789 "},
+		{"Range: bytes=10-", "hit 416  bytes */10"},
 		{"", "miss 200 0123456789 "},
 	} {
 		path := fmt.Sprint("/", i)
@@ -2513,6 +2523,15 @@ func TestPartsAreStored(t *testing.T) {
 			got = "hit 304  "
 		}
 		eq(t, test.second, got, test.want)
+	}
+	stale := reply{206, `Content-Range: bytes 4-8/10 | ETag: "1" | Cache-Control: max-age=0`, "45678", nil}
+	for range 3 {
+		o.set("/stale", stale)
+		a := p.get(o.url("/stale"), "Range: bytes=4-8")
+		eq(t, "a stale part", fmt.Sprint(a.status, a.body, a.Get("Content-Range")), "20645678bytes 4-8/10")
+		o.put("/stale", `ETag: "1" | Cache-Control: no-store`, "0123456789")
+		a = p.get(o.url("/stale"), `If-None-Match: "1"`)
+		eq(t, "validated by a client", fmt.Sprint(a.status, a.body), "304")
 	}
 	o.set("/other", reply{206, "Content-Range: bytes 0-4/10 | Cache-Control: max-age=60", "01234", nil})
 	a := p.get(o.url("/other"), "Range: bytes=-5")
@@ -2683,6 +2702,13 @@ func TestStaleWhileRevalidate(t *testing.T) {
 	p.move(130)
 	eq(t, "too stale", p.get(o.url("/"), "").body, "new")
 	eq(t, "requests", o.count("/"), 3)
+	p.move(63)
+	release = make(chan bool)
+	o.set("/", reply{do: func(w http.ResponseWriter, r *http.Request) { <-release; w.WriteHeader(503) }})
+	together(10, func(int) { eq(t, "stale", p.get(o.url("/"), "").body, "new") })
+	close(release)
+	time.Sleep(50 * time.Millisecond)
+	eq(t, "requests, if what comes is not stored", o.count("/"), 4)
 }
 
 func TestAgeAndCacheStatus(t *testing.T) {

@@ -495,6 +495,7 @@ func same(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b)
 func oneOf(s string, of ...string) bool {
 	return slices.ContainsFunc(of, func(t string) bool { return same(s, t) })
 }
+func separates(c rune) bool              { return c <= ' ' || c == ',' }
 func lock(l sync.Locker) (unlock func()) { l.Lock(); return l.Unlock }
 func isToken(s string) bool { // as methods and names of fields are (RFC 9110 §5.6.2)
 	for _, c := range []byte(s) {
