@@ -562,11 +562,8 @@ func (x *exchange) reached(err error) {
 	}
 	told, dns := Error("502"), (*net.DNSError)(nil)
 	errors.As(err, &told)
-	if failed := x.c.upload.failed(); failed != nil && failed != errGoesOn && x.c.cut != nil {
-		must(!os.IsTimeout(x.c.cut), "408 the rest of the request's body has not come")
-		_, malformed := x.c.cut.(Error)
-		must(malformed, "400 the request's body breaks off")
-		panic(x.c.cut)
+	if cut, broken := x.c.upload.failed().(Error); broken { // by what the client sends, or does not
+		panic(cut)
 	}
 	must(!strings.HasPrefix(string(told), "403"), string(told))
 	unknown := errors.As(err, &dns) && dns.IsNotFound

@@ -31,7 +31,6 @@ const (
 )
 
 var errSilent = errors.New("closed the connection without an answer") // as an idle one may at any time
-var errGoesOn = errors.New("not done")
 
 // An Error is what a client is told: a status and a sentence. must ends an exchange with one, fail with
 // any error, by a panic that attempt turns into an error again: so a check takes one line.
@@ -253,7 +252,6 @@ type Conn struct {
 	peer           string       // whom it leads to, without a port
 	kind, left     int64        // what framing said, 0 after the last chunk; bytes to come, of it or a chunk
 	begun, last    bool         // a chunk has been read, but for the CR LF behind it; no message follows
-	cut            error        // what broke the reading of the body
 	upload         *transfer    // of the request's body from the client to the origin, if it has one
 	named, address string       // the authority that has been read last, and its one spelling
 }
@@ -312,8 +310,8 @@ func (c *Conn) next(answer bool) (h *Head, err error) {
 	return h, choose[error](os.IsTimeout(err), Error("408 the head has not come in 30 seconds"), err)
 }
 
-// A body is what follows a head, decoded. ready tells of it, or of any reader, that all it has, or of the
-// chunk that it is in, is here.
+// A body is what follows a head, decoded. What breaks it off is an Error, as no failure to write is. ready
+// tells of it, or of any reader, that all it has, or of the chunk that it is in, is here.
 type body struct{ *Conn }
 
 func (b body) ready() bool   { return b.whole() || b.left > 0 && b.left <= int64(b.in.Buffered()) }
@@ -326,8 +324,9 @@ func (b body) Read(p []byte) (n int, err error) {
 		n, err = io.LimitReader(b.in, b.left).Read(p)
 		b.left -= int64(n)
 	}
-	if err = choose(b.whole() || b.kind == untilClose, err, noEOF(err)); err != nil && err != io.EOF {
-		b.cut = err
+	ends := err == io.EOF && (b.whole() || b.kind == untilClose)
+	if _, told := err.(Error); err != nil && !told && !ends {
+		err = Error(choose(os.IsTimeout(err), "408 the body's rest has not come", "400 the body breaks off"))
 	}
 	return n, err
 }
@@ -389,10 +388,11 @@ func (c *Conn) carry(from *Conn) *transfer {
 	t := &transfer{done: make(chan struct{})}
 	go func() {
 		defer close(t.done)
-		if _, t.err = c.send(body{from}, from.kind == chunked); t.err == nil && from.kind == untilClose {
-			c.Conn.(*net.TCPConn).CloseWrite()
-		} else if from.cut != nil || t.err != nil && from.kind == untilClose {
+		_, t.err = c.send(body{from}, from.kind == chunked)
+		if _, cut := t.err.(Error); cut || t.err != nil && from.kind == untilClose {
 			c.Conn.Close()
+		} else if from.kind == untilClose {
+			c.Conn.(*net.TCPConn).CloseWrite()
 		}
 	}()
 	return t
@@ -407,7 +407,7 @@ func (t *transfer) failed() error {
 	case <-t.done:
 		return t.err
 	case <-time.After(100 * time.Millisecond):
-		return errGoesOn
+		return errors.New("goes on")
 	}
 }
 
