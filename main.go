@@ -641,8 +641,8 @@ func (x *exchange) tunnel() *Entry {
 	x.c.expect(untilClose)
 	x.c.Write([]byte("HTTP/1.1 200 Connection established\r\n\r\n"))
 	up, down := o.carry(x.c), x.c.carry(o)
-	<-up.done
-	<-down.done
+	<-up
+	<-down
 	return nil
 }
 

@@ -252,7 +252,7 @@ type Conn struct {
 	peer           string       // whom it leads to, without a port
 	kind, left     int64        // what framing said, 0 after the last chunk; bytes to come, of it or a chunk
 	begun, last    bool         // a chunk has been read, but for the CR LF behind it; no message follows
-	upload         *transfer    // of the request's body from the client to the origin, if it has one
+	upload         transfer     // of the request's body from the client to the origin, if it has one
 	named, address string       // the authority that has been read last, and its one spelling
 }
 
@@ -375,37 +375,35 @@ func (c *Conn) send(from io.Reader, chunks bool) (n int64, err error) {
 	return n, err
 }
 
-// A transfer carries a body from one connection to another beside what else goes on.
-type transfer struct {
-	done chan struct{}
-	err  error // how it ended, once done is closed
-}
+// A transfer carries a body from one connection to another beside what else goes on, and says how it ended.
+type transfer chan error
 
 // carry sends the body that comes on another connection, and then, in a tunnel, that nothing more comes.
 // Where it breaks off the connection is closed: a part must not be taken for the whole. But where it is
 // not taken any more there may be an answer to it.
-func (c *Conn) carry(from *Conn) *transfer {
-	t := &transfer{done: make(chan struct{})}
+func (c *Conn) carry(from *Conn) transfer {
+	t := make(transfer, 1)
 	go func() {
-		defer close(t.done)
-		_, t.err = c.send(body{from}, from.kind == chunked)
-		if _, cut := t.err.(Error); cut || t.err != nil && from.kind == untilClose {
+		_, err := c.send(body{from}, from.kind == chunked)
+		if _, cut := err.(Error); cut || err != nil && from.kind == untilClose {
 			c.Conn.Close()
 		} else if from.kind == untilClose {
 			c.Conn.(*net.TCPConn).CloseWrite()
 		}
+		t <- err
 	}()
 	return t
 }
 
 // failed tells how it ended, or that it goes on; an answer may be a moment ahead of the end.
-func (t *transfer) failed() error {
+func (t transfer) failed() error {
 	if t == nil {
 		return nil
 	}
 	select {
-	case <-t.done:
-		return t.err
+	case err := <-t:
+		t <- err // for who asks next
+		return err
 	case <-time.After(100 * time.Millisecond):
 		return errors.New("goes on")
 	}
