@@ -4,7 +4,6 @@ package main
 // and the answer, under the URL's name: the file system is the index. Nothing here knows of sockets.
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
@@ -56,10 +55,17 @@ type Entry struct {
 	memory     []byte    // and those after them
 	more       sync.Cond // there are more, or no more come:
 	err        error     // io.EOF, or what broke it
-	users      int       // of it
-	cursors    []*cursor // theirs, of a file
+	users      []*Answer // those who read it
 	broken     bool      // the file does not take more
 	used, read time.Time // when its file was last used, and read into memory
+}
+
+// An Answer is the use of an entry by one who asks, with a head of his own if he has to have one. It reads
+// the body from at on, and waits for what has not arrived.
+type Answer struct {
+	*Entry
+	own *Head
+	at  int64
 }
 
 // A Cache is a directory of entries.
@@ -122,7 +128,7 @@ func (e *Entry) selectedBy(req *Head) bool { return slices.Equal(e.varied(e.req)
 // lookup returns the entry that req selects, or nil, and the key for one. Under the URL itself is one
 // whose Vary tells what selects, others are beside it, by a hash. A part of that is new with each first
 // one: after an invalidation the variants of before are out of reach.
-func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int64) {
+func (c *Cache) lookup(url string, req *Head) (e *Answer, key string, changes int64) {
 	key = url
 	if e, changes = c.find(url); e != nil && !e.selectedBy(req) {
 		selected := fmt.Appendf(nil, "%q%q", e.req.Get("Generation"), e.varied(req))
@@ -139,16 +145,17 @@ func (c *Cache) lookup(url string, req *Head) (e *Entry, key string, changes int
 
 // find returns what is under a key: on its way, in memory, or in the file; and the changes up to then.
 // Memory is good for a second, so what is removed, or replaced by another process, is soon forgotten too.
-func (c *Cache) find(key string) (e *Entry, changes int64) {
+func (c *Cache) find(key string) (a *Answer, changes int64) {
 	unlock := lock(c)
-	e, changes = c.under[key], c.changes
-	if e != nil && e.shared {
-		e.users++
-	} else if e = c.memory[key]; e != nil && now().Sub(e.read) > time.Second {
-		e = nil
+	e, changes := c.under[key], c.changes
+	if e == nil || !e.shared {
+		e = c.memory[key]
 	}
-	if unlock(); e != nil {
-		return e, changes
+	if e != nil && (e.source != nil || now().Sub(e.read) <= time.Second) {
+		a = e.use()
+	}
+	if unlock(); a != nil {
+		return a, changes
 	} else if e = c.open(fileName(key)); e == nil {
 		return nil, changes
 	}
@@ -156,11 +163,11 @@ func (c *Cache) find(key string) (e *Entry, changes int64) {
 		os.Chtimes(e.file.Name(), t, t)
 	}
 	if e.size > maxObject {
-		return e, changes
+		return e.use(), changes
 	}
 	memory := make([]byte, e.size)
 	_, err := io.ReadFull(io.NewSectionReader(e.file, e.off, e.size), memory)
-	e.Close()
+	e.file.Close()
 	defer lock(c)()
 	if e.file, e.taken, e.memory, e.read = nil, e.off, memory, now(); changes == c.changes && err == nil {
 		if c.inMemory += e.size + 1<<10; c.inMemory > maxMemory { // to read them again is cheap
@@ -169,7 +176,7 @@ func (c *Cache) find(key string) (e *Entry, changes int64) {
 		}
 		c.memory[key] = e
 	}
-	return choose(err == nil, e, nil), changes
+	return choose(err == nil, e.use(), nil), changes
 }
 
 // open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
@@ -182,7 +189,7 @@ func (c *Cache) open(name string) (e *Entry) {
 	file, _ := os.Open(c.dir + "/" + name) // nil reads as an error
 	text := Conn{in: bufio.NewReader(file), room: 4 * maxHead}
 	if attempt(func() {
-		e = &Entry{file: file, used: info.ModTime(), users: 1, err: io.EOF}
+		e = &Entry{file: file, used: info.ModTime(), err: io.EOF}
 		e.req, e.Head = text.head(false), text.head(true)
 		e.size, _ = digits(e.Get("Content-Length"))
 		e.off, _ = file.Seek(-int64(text.in.Buffered()), io.SeekCurrent)
@@ -284,7 +291,7 @@ func (e *Entry) judge(req *Head, asked int64) (why string, behind bool) {
 // standsIn tells whether a stale answer may be used where the origin failed: altogether (status 0) unless
 // that is forbidden, with an error if that is allowed (RFC 9111 §4.2.4, RFC 5861 §4).
 func (e *Entry) standsIn(req *Head, status int) bool {
-	return e != nil && !e.strict && !req.is("no-cache") && !req.has("Pragma", "no-cache") &&
+	return !e.strict && !req.is("no-cache") && !req.has("Pragma", "no-cache") &&
 		(status == 0 && len(e.arguments("stale-if-error")) == 0 ||
 			slices.Contains([]int{0, 500, 502, 503, 504}, status) && now().Unix()-e.born-e.life <
 				max(e.seconds("stale-if-error", 0), req.seconds("stale-if-error", 0)))
@@ -330,6 +337,13 @@ func (c *Cache) claim(key string, changes int64) (e *Entry, leads bool) {
 	return e, leads
 }
 
+// use lets one more read the entry.
+func (e *Entry) use() *Answer {
+	a := &Answer{Entry: e}
+	e.users = append(e.users, a)
+	return a
+}
+
 // drop says that there is nothing for others; invalidate forgets what is under a URL.
 func (c *Cache) drop(e *Entry) {
 	defer lock(c)()
@@ -360,21 +374,23 @@ func (e *Entry) storable(req *Head) bool {
 		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
 }
 
-// store puts what came, as the answer to req, into the file of e, if it may and there is use for it. old
-// is what it replaces, person tells whose its cookies are.
-func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Time, person func() string) {
-	if !came.storable(req) || came.size > c.limit {
-		return
+// store puts what came, as the answer to req, into the file of e, if there is one, it may, and that is of
+// use, and returns an answer from there, else what came. old is what it replaces, person tells whose its
+// cookies are.
+func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked time.Time,
+	person func() string) (a *Answer) {
+	if e == nil || !came.storable(req) || came.size > c.limit {
+		return came
 	}
-	e.Head, e.source, e.size, e.users = came.Clone(), came.source, came.size, 1
+	e.Head, e.source, e.size = came.Clone(), came.source, came.size
 	e.req = &Head{Line: [3]string{"GET", "http://" + url, "HTTP/1.1"}}
 	e.req.Fields = append([]Field{{"Date", asked.UTC().Format(dateFormat)}}, e.varied(req)...)
 	e.assess(c.ttl)
 	useful := e.life > 0 || e.seconds("stale-while-revalidate", 0) > 0
 	if !useful && e.Get("ETag")+e.Get("Last-Modified") == "" {
-		return
+		return came
 	}
-	generation := cmp.Or(cmp.Or(old, e).req.Get("Generation"), rand.Text()) // e has none yet
+	generation := cmp.Or(cmp.Or(old, &Answer{Entry: e}).req.Get("Generation"), rand.Text()) // e has none yet
 	e.req.Set("Generation", choose(e.Get("Vary") != "", generation, ""),
 		"From", choose(e.Get("Set-Cookie") != "", person(), ""))
 	root, err := os.OpenRoot(c.dir) // Windows can rename its files while they are open
@@ -387,13 +403,14 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 	}
 	if err != nil {
 		log.Printf("not stored: %v", err)
-		return
+		return came
 	}
 	private := strings.Join(e.arguments("private", "no-cache"), ",") // names of fields
 	e.Del(append(strings.FieldsFunc(private, separates), "Content-Length")...)
 	head := e.text(e.req.text(nil), "Content-Length", fmt.Sprintf("%20d", e.size))
 	e.off = int64(len(head))
 	e.Write(head)
+	came.Del("Age")
 	e.Del("Age")
 	defer lock(c)()
 	if old != nil {
@@ -401,6 +418,9 @@ func (c *Cache) store(e, came, old *Entry, url string, req *Head, asked time.Tim
 	}
 	e.shared = true
 	close(e.ready)
+	a = e.use()
+	a.own = came.Head // with what is for this client alone
+	return a
 }
 
 // run brings the body into the file, and the file to its place.
@@ -426,7 +446,7 @@ func (e *Entry) run(c *Cache) {
 	if e.err, c.changes = cmp.Or(err, io.EOF), c.changes+1; whole {
 		c.files, c.size = c.files+1, c.size+e.taken
 	}
-	if e.more.Broadcast(); e.users == 0 {
+	if e.more.Broadcast(); len(e.users) == 0 {
 		e.file.Close()
 	}
 	if c.size > c.limit && !c.trimming {
@@ -445,9 +465,9 @@ func (e *Entry) Write(p []byte) (n int, _ error) {
 	if e.taken += int64(n); n < len(p) {
 		e.broken = true
 		e.leave()
-		behind := func(r *cursor) bool { return r.at < e.end() }
+		behind := func(a *Answer) bool { return a.off+a.at < e.end() }
 		if len(e.memory) > maxBehind {
-			for len(e.cursors) < e.users || slices.ContainsFunc(e.cursors, behind) {
+			for slices.ContainsFunc(e.users, behind) {
 				e.more.Wait()
 			}
 			e.taken, e.memory = e.end(), e.memory[:0]
@@ -482,75 +502,45 @@ func (e *Entry) updated(res *Head) *Head {
 	return h
 }
 
-// from returns a reader of the body, n bytes of it where it is in memory, from off on. To close it ends
-// the use of the entry.
-func (e *Entry) from(off, n int64) io.ReadCloser {
-	switch {
-	case e.passing():
-		return e.source
-	case e.file == nil:
-		return struct {
-			*bytes.Reader
-			io.Closer
-		}{bytes.NewReader(e.memory[off : off+n]), e}
-	}
-	r := &cursor{e, e.off + off}
+// ready tells whether all of it has arrived.
+func (a *Answer) ready() bool {
 	defer lock(&cache)()
-	e.cursors = append(e.cursors, r)
-	return r
+	return a.err != nil || a.end() == a.off+a.size
 }
-
-// A cursor reads the body of an entry in a file from at on, and waits for what has not arrived. ready
-// tells whether all has.
-type cursor struct {
-	*Entry
-	at int64
-}
-
-func (r *cursor) ready() bool {
-	defer lock(&cache)()
-	return r.err != nil || r.end() == r.off+r.size
-}
-func (r *cursor) Read(p []byte) (n int, err error) {
+func (a *Answer) Read(p []byte) (n int, err error) {
 	unlock := lock(&cache)
-	for r.at >= r.end() && r.err == nil {
-		r.more.Wait()
+	for a.off+a.at >= a.end() && a.err == nil {
+		a.more.Wait()
 	}
-	beyond, err := r.at-r.taken, r.err
-	if beyond >= 0 && beyond < int64(len(r.memory)) {
-		n, err = copy(p, r.memory[beyond:]), nil
+	beyond, err := a.off+a.at-a.taken, a.err
+	if beyond >= 0 && beyond < int64(len(a.memory)) {
+		n, err = copy(p, a.memory[beyond:]), nil
 	}
 	if unlock(); beyond < 0 {
-		n, err = r.file.ReadAt(p[:min(int64(len(p)), -beyond)], r.at)
+		n, err = a.file.ReadAt(p[:min(int64(len(p)), -beyond)], a.off+a.at)
 	}
 	defer lock(&cache)()
-	if r.at += int64(n); r.broken {
-		r.more.Broadcast()
+	if a.at += int64(n); a.broken {
+		a.more.Broadcast()
 	}
 	return n, err
 }
-func (r *cursor) Close() error {
-	unlock := lock(&cache)
-	r.cursors = slices.DeleteFunc(r.cursors, func(other *cursor) bool { return other == r })
-	unlock()
-	return r.Entry.Close()
-}
 
-// Close ends somebody's use. What interests nobody goes on only if at most 1 MiB of it is to come.
-func (e *Entry) Close() error {
-	if e == nil {
+// Close ends the use. What interests nobody goes on only if at most 1 MiB of it is to come.
+func (a *Answer) Close() error {
+	if a == nil {
 		return nil
-	} else if e.passing() {
-		return e.source.Close()
+	} else if a.passing() {
+		return a.source.Close()
 	}
 	defer lock(&cache)()
-	e.users--
-	if e.more.Broadcast(); e.users > 0 || e.file == nil {
+	a.users = slices.DeleteFunc(a.users, func(other *Answer) bool { return other == a })
+	if a.more.Broadcast(); len(a.users) > 0 || a.file == nil {
 		return nil
-	} else if e.err != nil {
-		return e.file.Close()
-	} else if b, ok := e.source.(body); ok && (e.size < 0 || e.off+e.size-e.taken > 1<<20) {
-		e.leave()
+	} else if a.err != nil {
+		return a.file.Close()
+	} else if b, ok := a.source.(body); ok && (a.size < 0 || a.off+a.size-a.taken > 1<<20) {
+		a.leave()
 		b.Conn.Conn.Close()
 	}
 	return nil
@@ -587,7 +577,7 @@ func (c *Cache) trim(before int64) {
 		files = slices.DeleteFunc(files, func(info os.FileInfo) bool { // what is not ours does not count
 			e := c.open(info.Name())
 			size -= choose(e == nil, info.Size(), 0)
-			return e == nil || e.Close() != nil
+			return e == nil || e.file.Close() != nil
 		})
 	}
 	slices.SortFunc(files, func(a, b os.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })

@@ -173,7 +173,7 @@ func client(c *Conn) {
 		active.Add(1)
 		x := &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
 		c.written = 0
-		e := x.try(func() *Entry { fail(err); return x.answer() })
+		e := x.try(func() *Answer { fail(err); return x.answer() })
 		if e != nil && x.send(e) != nil {
 			x.code, x.keep, reset = x.code+"_ABORTED", false, x.req.old()
 		}
@@ -194,7 +194,7 @@ func client(c *Conn) {
 // the key in the cache. The outcome is code and peer in the words of Squid's log, why in Cache-Status's.
 type exchange struct {
 	c                                         *Conn
-	req, own                                  *Head // own is the answer's head if it is not the entry's
+	req                                       *Head
 	start                                     time.Time
 	address, path, url, code, peer, why, kind string
 	direct, keep, behind                      bool // asked as a server; connection is kept; nobody waits
@@ -202,7 +202,7 @@ type exchange struct {
 }
 
 // try makes an answer of what fails.
-func (x *exchange) try(step func() *Entry) (e *Entry) {
+func (x *exchange) try(step func() *Answer) (e *Answer) {
 	if err := attempt(func() { e = step() }); err != nil {
 		told, ok := err.(Error)
 		told = choose(ok, told, Error("502 "+err.Error()))
@@ -211,7 +211,7 @@ func (x *exchange) try(step func() *Entry) (e *Entry) {
 		}
 		status, _ := strconv.Atoi(string(told[:3]))
 		x.code = choose(slices.Contains([]int{401, 403, 407}, status), "TCP_DENIED", x.code)
-		x.why, x.own, e = "", nil, page(status, "text/plain; charset=utf-8", told.Error()+"\n")
+		x.why, e = "", page(status, "text/plain; charset=utf-8", told.Error()+"\n")
 		e.Set("WWW-Authenticate", choose(status == 401, `Basic realm="proxy"`, ""),
 			"Proxy-Authenticate", choose(status == 407, `Basic realm="proxy"`, ""))
 	}
@@ -225,10 +225,10 @@ var reasons = map[int]string{200: "OK", 206: "Partial Content", 304: "Not Modifi
 	504: "Gateway Timeout", 505: "HTTP Version Not Supported", 508: "Loop Detected"}
 
 // page is an answer made here.
-func page(status int, kind, text string) *Entry {
+func page(status int, kind, text string) *Answer {
 	line := [3]string{"HTTP/1.1", strconv.Itoa(status), reasons[status]}
 	h := &Head{line, status, []Field{{"Content-Type", kind}}}
-	return &Entry{Head: h, memory: []byte(text), size: int64(len(text)), err: io.EOF}
+	return &Answer{Entry: &Entry{Head: h, memory: []byte(text), size: int64(len(text)), err: io.EOF}}
 }
 
 // answer lives the life of a request:
@@ -238,7 +238,7 @@ func page(status int, kind, text string) *Entry {
 //  4. asked as a server: a page, a file, or /host/path
 //  5. what is stored answers, or a download under way
 //  6. else the origin does
-func (x *exchange) answer() *Entry {
+func (x *exchange) answer() *Answer {
 	req, method := x.req, x.req.Line[0]
 	us := x.route() // 1
 	x.admit()       // 2
@@ -352,7 +352,7 @@ func blocked(host string) bool {
 // local answers a request to the proxy itself, or turns it into one to the origin that its path begins
 // with. Only if Host names us: else a page elsewhere could read what is meant for this machine, by a name
 // of its own that leads here (DNS rebinding).
-func (x *exchange) local(us string) *Entry {
+func (x *exchange) local(us string) *Answer {
 	ip, _ := netip.ParseAddr(hostOf(us))
 	here := x.c.LocalAddr().String()
 	named := hostOf(us) == "localhost" || ip.IsLoopback() || hostOf(us) == hostOf(here)
@@ -377,7 +377,7 @@ func (x *exchange) local(us string) *Entry {
 }
 
 // file answers with a file, to this machine only, and with none that is hidden or the cache's.
-func (x *exchange) file(name string) *Entry {
+func (x *exchange) file(name string) *Answer {
 	name = strings.NewReplacer(`\`, `"`, "%", `\x`).Replace(name) // %20 becomes \x20, a backslash an error
 	name, err := strconv.Unquote(`"` + name + `"`)
 	ip, _ := netip.ParseAddr(x.c.peer)
@@ -396,14 +396,14 @@ func (x *exchange) file(name string) *Entry {
 	e := page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
 	e.Set("Last-Modified", info.ModTime().UTC().Format(dateFormat))
 	e.file, err = root.Open(name)
-	e.size, e.taken, e.users = info.Size(), info.Size(), 1
+	e.size, e.taken = info.Size(), info.Size()
 	fail(err)
 	return e
 }
 
 // cached answers from the store where it may (RFC 9111 §4), or from what is on its way there; else it
 // asks. Where it is no client that asks, but we behind its back, what is stale is never good enough.
-func (x *exchange) cached() *Entry {
+func (x *exchange) cached() *Answer {
 	for waited := (*Entry)(nil); ; {
 		e, key, changes := cache.lookup(x.url, x.req)
 		why, refresh := choose(key == x.url, "uri-miss", "vary-miss"), false
@@ -449,14 +449,13 @@ func (x *exchange) refresh() {
 	y.address, y.path, y.url, y.req.Line[0] = x.address, x.path, x.url, "GET"
 	y.req.Del("If-None-Match", "If-Modified-Since", "Range", "If-Range")
 	e := y.try(y.cached)
-	body := e.from(0, e.size)
-	io.Copy(io.Discard, body)
-	body.Close()
+	io.Copy(io.Discard, choose[io.Reader](e.passing(), e.source, e))
+	e.Close()
 }
 
 // outgoing is the request as the origin gets it; validates tells that it asks whether what is stored is
 // still good, in the place of what the client has (RFC 9111 §4.3.1).
-func (x *exchange) outgoing(stored *Entry) (h *Head, validates bool) {
+func (x *exchange) outgoing(stored *Answer) (h *Head, validates bool) {
 	h = x.req.Clone()
 	h.Line = [3]string{x.req.Line[0], x.path, "HTTP/1.1"}
 	h.Del("Host")
@@ -473,7 +472,7 @@ func (x *exchange) outgoing(stored *Entry) (h *Head, validates bool) {
 
 // fetch asks the origin. With d the answer is stored if it may be. What is stored is validated, and
 // stands in where the origin fails.
-func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
+func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	defer func() {
 		if e != stored {
 			stored.Close()
@@ -493,7 +492,7 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	if x.why = "proxy; fwd=" + why; err == nil {
 		status, x.peer, x.why = res.Status, "HIER_DIRECT/"+c.peer, x.why+"; fwd-status="+res.Line[1]
 	}
-	if stored.standsIn(x.req, status) {
+	if stored != nil && stored.standsIn(x.req, status) {
 		if x.code = "TCP_REFRESH_FAIL_OLD"; err == nil {
 			body{c}.Close()
 		}
@@ -511,26 +510,24 @@ func (x *exchange) fetch(stored, d *Entry, why string) (e *Entry) {
 	}
 	x.code = choose(why == "request", "TCP_CLIENT_REFRESH_MISS", x.code)
 	x.code = choose(validates, "TCP_REFRESH_MODIFIED", x.code)
-	e = &Entry{Head: res, source: body{c}, size: max(c.kind, -1)}
+	e = &Answer{Entry: &Entry{Head: res, source: body{c}, size: max(c.kind, -1)}}
 	old := stored
 	if validates && status == 304 {
 		e.source.Close()
 		x.code, stored = "TCP_REFRESH_UNMODIFIED", nil // its body is the source now
-		e.Head, e.source, e.size = old.updated(res), old.from(0, old.size), old.size
+		e.Head, e.source, e.size = old.updated(res), old, old.size
 	}
-	if d == nil {
-		return e
-	} else if cache.store(d, e, old, x.url, x.req, asked, x.person); !d.shared {
+	e = cache.store(d, e, old, x.url, x.req, asked, x.person)
+	if e.passing() {
 		return e
 	}
-	e.Del("Age")
-	x.own, x.why = e.Head, x.why+"; stored" // with what is for this client alone
+	x.why += "; stored"
 	if e.size >= 0 && e.size <= maxObject && ready(e.source) {
-		d.run(&cache)
+		e.run(&cache)
 	} else {
-		go d.run(&cache)
+		go e.run(&cache)
 	}
-	return d
+	return e
 }
 
 // invalidate forgets what is stored for references to the same origin, as it has changed (RFC 9111 §4.4).
@@ -574,13 +571,13 @@ func (x *exchange) reached(err error) {
 
 // selected is the head of the answer as the request's conditions and range have it, and which n bytes of
 // the body from off on go with it.
-func (x *exchange) selected(e *Entry) (h *Head, off, n int64) {
-	h, n = cmp.Or(x.own, e.Head), e.size
+func (x *exchange) selected(e *Answer) (h *Head, off, n int64) {
+	h, n = cmp.Or(e.own, e.Head), e.size
 	status, extent := 0, ""
 	if !e.passing() && (e.Status == 200 || e.Status == 206) {
 		status, off, n = e.part(x.req)
 	}
-	if e.Get("Set-Cookie") != "" && e.req != nil && x.own == nil && e.req.Get("From") != x.person() {
+	if e.Get("Set-Cookie") != "" && e.req != nil && e.own == nil && e.req.Get("From") != x.person() {
 		h = h.Clone()
 		h.Del("Set-Cookie", "Set-Cookie2")
 	}
@@ -601,33 +598,33 @@ func (x *exchange) selected(e *Entry) (h *Head, off, n int64) {
 }
 
 // send writes an answer.
-func (x *exchange) send(e *Entry) (err error) {
+func (x *exchange) send(e *Answer) (err error) {
+	defer e.Close()
 	h, off, n := x.selected(e)
+	e.at = off
 	x.keep = x.keep && x.c.upload.failed() == nil // before its body is looked at
 	none, head, old := h.Status == 204 || h.Status == 304, x.req.Line[0] == "HEAD", x.req.old()
 	silent := none || head && (n < 0 || e.passing()) // of a length, but for what the origin said
 	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.whole() && !closing.Load()
 	length := choose(!silent && n >= 0, strconv.FormatInt(n, 10), "")
 	age := choose(e.req != nil, strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10), "")
-	chunks, body := !silent && n < 0 && !old, e.from(off, n)
-	defer body.Close()
+	chunks, body := !silent && n < 0 && !old, choose[io.Reader](e.passing(), e.source, e)
 	x.c.out = h.text(x.c.out, "Content-Length", length, "Transfer-Encoding", choose(chunks, "chunked", ""),
 		"Age", age, "Via", choose(x.why != "", via(h), ""), "Cache-Status", x.why,
 		"Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
 	x.status, x.kind = h.Status, h.Get("Content-Type")
-	if !ready(body) {
+	if n = choose(none || head, 0, n); e.file == nil && !e.passing() {
+		_, err = x.c.Write(e.memory[off : off+n])
+		return err
+	} else if !ready(body) {
 		x.c.Write(nil) // else with what follows
 	}
-	from, n := io.Reader(body), choose(none || head, 0, n)
-	if _, here := body.(io.WriterTo); n == 0 || n > 0 && !here { // which makes for a buffer of that size
-		from = io.LimitReader(body, n)
-	}
-	copied, err := x.c.send(from, chunks && !head)
+	copied, err := x.c.send(io.LimitReader(body, choose(n < 0, endless, n)), chunks && !head)
 	return choose(err == nil && copied < n, io.ErrUnexpectedEOF, err)
 }
 
 // tunnel joins a client and an origin until both have had their say.
-func (x *exchange) tunnel() *Entry {
+func (x *exchange) tunnel() *Answer {
 	x.code = "TCP_MISS"
 	nc, err := origins.Dial("tcp", x.address)
 	x.reached(err)
