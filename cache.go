@@ -23,10 +23,9 @@ const (
 	plain      = "abcdefghijklmnopqrstuvwxyz0123456789-./" // what stands for itself in the name of a file
 	hex        = "0123456789abcdef"
 	dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
-	maxSeconds = 1 << 31   // of an age or a lifetime (RFC 9111 §1.2.2)
-	maxObject  = 1 << 20   // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
-	maxMemory  = 16 << 20  // bytes of all these
-	maxBehind  = 256 << 10 // bytes that are kept for the slowest reader where the file does not take them
+	maxSeconds = 1 << 31  // of an age or a lifetime (RFC 9111 §1.2.2)
+	maxObject  = 1 << 20  // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
+	maxMemory  = 16 << 20 // bytes of all these
 )
 
 var (
@@ -455,24 +454,21 @@ func (e *Entry) run(c *Cache) {
 	}
 }
 
-// Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until
-// all have read it, nothing is stored, and the download waits for those who are too far behind.
+// Write takes what arrives. To fail would cut all clients: what the file does not take is handed to each of
+// them before there is more, and nothing is stored.
 func (e *Entry) Write(p []byte) (n int, _ error) {
 	if !e.broken && e.taken+int64(len(p)) <= cache.limit {
 		n, _ = e.file.Write(p)
 	}
 	defer lock(&cache)()
 	if e.taken += int64(n); n < len(p) {
-		e.broken = true
+		e.broken, e.memory = true, p[n:]
 		e.leave()
-		behind := func(a *Answer) bool { return a.off+a.at < e.end() }
-		if len(e.memory) > maxBehind {
-			for slices.ContainsFunc(e.users, behind) {
-				e.more.Wait()
-			}
-			e.taken, e.memory = e.end(), e.memory[:0]
+		e.more.Broadcast()
+		for slices.ContainsFunc(e.users, func(a *Answer) bool { return a.off+a.at < e.end() }) {
+			e.more.Wait()
 		}
-		e.memory = append(e.memory, p[n:]...)
+		e.taken, e.memory = e.end(), nil
 	}
 	e.more.Broadcast()
 	return len(p), nil
