@@ -424,16 +424,13 @@ func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked 
 
 // run brings the body into the file, and the file to its place.
 func (e *Entry) run(c *Cache) {
-	err := attempt(func() {
-		_, err := io.Copy(io.Discard, io.TeeReader(e.source, e))
-		fail(err)
-	})
+	_, err := io.Copy(io.Discard, io.TeeReader(e.source, e))
 	e.source.Close()
 	if e.size < 0 {
 		e.file.WriteAt(fmt.Appendf(nil, "%20d", e.taken-e.off), e.off-24)
 	}
 	unlock := lock(c)
-	whole := err == nil && !e.broken && c.under[e.key] == e
+	whole := err == nil && c.under[e.key] == e
 	unlock() // it has to be in its place before it is forgotten, and nobody is to wait for that
 	whole = whole && os.Rename(e.file.Name(), c.path(e.key)) == nil
 	defer lock(c)()
