@@ -70,13 +70,12 @@ type Answer struct {
 // A Cache is a directory of entries.
 type Cache struct {
 	dir           string
-	limit, ttl    int64 // bytes at most, seconds an answer is fresh that says nothing about it
-	uses          int   // GETs within ten minutes from which on answers are stored
-	sync.Mutex          // guards what follows, and what changes in entries
-	size, files   int64 // bytes and number of files
-	changes       int64 // of what is stored, so far
-	inMemory      int64 // bytes
-	trimming      bool
+	limit, ttl    int64                  // bytes at most, seconds an answer is fresh that does not say
+	uses          int                    // GETs within ten minutes from which on answers are stored
+	sync.Mutex                           // guards what follows, and what changes in entries
+	size, files   int64                  // bytes and number of files; trim counts anew
+	changes       int64                  // of what is stored, so far
+	inMemory      int64                  // bytes
 	under, memory map[string]*Entry      // on their way, and held in memory
 	seen          map[string][]time.Time // the latest GETs, if uses are counted
 }
@@ -445,9 +444,9 @@ func (e *Entry) run(c *Cache) {
 	if e.more.Broadcast(); len(e.users) == 0 {
 		e.file.Close()
 	}
-	if c.size > c.limit && !c.trimming {
-		c.trimming = true
-		go c.trim(c.size)
+	if c.size > c.limit {
+		c.size = 0 // and what comes from now on
+		go c.trim()
 	}
 }
 
@@ -553,9 +552,9 @@ func (c *Cache) due(url string) bool {
 	return len(times) >= c.uses && now().Sub(c.seen[url][0]) <= 10*time.Minute
 }
 
-// trim counts the files, where before were thought to be so many bytes, and removes what broken downloads
-// have left an hour ago, and the least recently used if they are too much. Only names of ours count.
-func (c *Cache) trim(before int64) {
+// trim counts the files, and removes what broken downloads have left an hour ago, and the least recently
+// used if they are too much. Only names of ours count.
+func (c *Cache) trim() {
 	files, size := []os.FileInfo(nil), int64(0)
 	entries, _ := os.ReadDir(c.dir)
 	for _, entry := range entries {
@@ -580,5 +579,5 @@ func (c *Cache) trim(before int64) {
 		size -= files[0].Size()
 	}
 	defer lock(c)()
-	c.size, c.files, c.trimming = size+c.size-before, int64(len(files)), false
+	c.size, c.files = c.size+size, int64(len(files))
 }

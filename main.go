@@ -80,7 +80,7 @@ func main() {
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
 	log.Printf("listening on %s, cache in %s", l.Addr(), *dir)
-	go cache.trim(0)
+	go cache.trim()
 	go func() {
 		for !closing.Load() {
 			if nc, err := l.Accept(); err == nil {
