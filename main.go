@@ -422,11 +422,8 @@ func (x *exchange) cached() *Answer {
 			x.why = choose(e.source == nil, "proxy; hit; ttl="+ttl, collapsed)
 			return e
 		}
-		if x.req.is("only-if-cached") {
-			e.Close()
-			must(false, "504 not in the cache:", x.url)
-		}
-		if x.req.Line[0] == "HEAD" || e == nil && !cache.due(x.url) || e != nil && e.source != nil {
+		alone := x.req.Line[0] == "HEAD" || x.req.is("only-if-cached") || e != nil && e.source != nil
+		if alone || e == nil && !cache.due(x.url) {
 			return x.fetch(e, nil, why)
 		}
 		d, leads := cache.claim(key, changes)
@@ -481,6 +478,7 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 			cache.drop(d)
 		}
 	}()
+	must(!x.req.is("only-if-cached"), "504 not in the cache:", x.url)
 	asked, method, status := now(), x.req.Line[0], 0
 	req, validates := x.outgoing(stored)
 	res, c, err := origins.ask(x.address, req, x.c, func(interim *Head) {
