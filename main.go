@@ -8,6 +8,7 @@ package main
 import (
 	"bufio"
 	"cmp"
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -50,7 +51,7 @@ var (
 	hosts   = map[string]bool{}                           // blocked, with all below them
 	nets    []netip.Prefix                                // blocked
 	active  atomic.Int64                                  // exchanges under way
-	closing atomic.Bool
+	closing context.Context
 	journal = struct { // the access log: where it goes, its latest lines, and what it counts
 		sync.Mutex
 		out                          *bufio.Writer
@@ -77,29 +78,26 @@ func main() {
 	if err = cmp.Or(err, os.WriteFile(trial, nil, 0o600), os.Remove(trial)); err != nil {
 		log.Fatal(err) // with status 1
 	}
-	stop := make(chan os.Signal, 1)
-	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
+	closing, _ = signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(closing, func() { l.Close() })
 	log.Printf("listening on %s, cache in %s", l.Addr(), *dir)
 	go cache.trim()
 	go func() {
-		for !closing.Load() {
-			if nc, err := l.Accept(); err == nil {
-				go client(newConn(nc, ""))
-			} else if !closing.Load() { // e.g., too many open files
-				log.Print(err)
-				time.Sleep(100 * time.Millisecond)
-			}
-		}
-	}()
-	for end := time.Now(); !closing.Load() || active.Load() > 0 && time.Now().Before(end); totals() {
-		select {
-		case <-stop: // exchanges under way have ten seconds more
-			closing.Store(true)
-			end = time.Now().Add(10 * time.Second)
-			l.Close()
-		case <-time.After(100 * time.Millisecond):
+		for ; ; time.Sleep(100 * time.Millisecond) {
+			totals()
 			origins.take("") // closes those that are too old
 		}
+	}()
+	for closing.Err() == nil {
+		if nc, err := l.Accept(); err == nil {
+			go client(newConn(nc, ""))
+		} else if closing.Err() == nil { // e.g., too many open files
+			log.Print(err)
+			time.Sleep(100 * time.Millisecond)
+		}
+	}
+	for end := time.Now().Add(10 * time.Second); active.Load() > 0 && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond) // exchanges under way have ten seconds more
 	}
 	log.Print(totals())
 }
@@ -165,7 +163,7 @@ func configure() (address string) {
 func client(c *Conn) {
 	defer c.Close()
 	keep, reset := true, false
-	for ; keep && !closing.Load(); active.Add(-1) {
+	for ; keep && closing.Err() == nil; active.Add(-1) {
 		req, err := c.next(false)
 		if _, told := err.(Error); err != nil && !told {
 			return // e.g., it has been closed
@@ -603,7 +601,7 @@ func (x *exchange) send(e *Answer) (err error) {
 	x.keep = x.keep && x.c.upload.failed() == nil // before its body is looked at
 	none, head, old := h.Status == 204 || h.Status == 304, x.req.Line[0] == "HEAD", x.req.old()
 	silent := none || head && (n < 0 || e.passing()) // of a length, but for what the origin said
-	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.whole() && !closing.Load()
+	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.whole() && closing.Err() == nil
 	length := choose(!silent && n >= 0, strconv.FormatInt(n, 10), "")
 	age := choose(e.req != nil, strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10), "")
 	chunks, body := !silent && n < 0 && !old, choose[io.Reader](e.passing(), e.source, e)
