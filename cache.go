@@ -372,9 +372,9 @@ func (e *Entry) storable(req *Head) bool {
 		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
 }
 
-// store puts what came, as the answer to req, into the file of e, if there is one, it may, and that is of
+// store puts what came, as the answer to req, into the file of e, if there is an e, it may, and that is of
 // use, and returns an answer from there, else what came. old is what it replaces, person tells whose its
-// cookies are.
+// cookies are. What is small and here already is in its place before it is answered.
 func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked time.Time,
 	person func() string) (a *Answer) {
 	if e == nil || !came.storable(req) || came.size > c.limit {
@@ -410,7 +410,7 @@ func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked 
 	e.Write(head)
 	came.Del("Age")
 	e.Del("Age")
-	defer lock(c)()
+	unlock := lock(c)
 	if old != nil {
 		c.files, c.size = c.files-1, c.size-old.off-old.size
 	}
@@ -418,6 +418,11 @@ func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked 
 	close(e.ready)
 	a = e.use()
 	a.own = came.Head // with what is for this client alone
+	if unlock(); e.size >= 0 && e.size <= maxObject && ready(e.source) {
+		e.run(c)
+	} else {
+		go e.run(c)
+	}
 	return a
 }
 

@@ -501,8 +501,12 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	if method != "HEAD" && status != 304 { // it says how much there would be
 		res.Del("Content-Length")
 	}
-	if !oneOf(method, "GET", "HEAD", "OPTIONS", "TRACE") && status < 400 {
-		x.invalidate(x.path, res.Get("Location"), res.Get("Content-Location"))
+	if !oneOf(method, "GET", "HEAD", "OPTIONS", "TRACE") && status < 400 { // RFC 9111 §4.4
+		for _, reference := range []string{x.path, res.Get("Location"), res.Get("Content-Location")} {
+			if path := strings.TrimPrefix(reference, "http://"+x.host()); strings.HasPrefix(path, "/") {
+				cache.invalidate(x.host() + path)
+			}
+		}
 	}
 	x.code = choose(why == "request", "TCP_CLIENT_REFRESH_MISS", x.code)
 	x.code = choose(validates, "TCP_REFRESH_MODIFIED", x.code)
@@ -514,25 +518,8 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 		e.Head, e.source, e.size = old.updated(res), old, old.size
 	}
 	e = cache.store(d, e, old, x.url, x.req, asked, x.person)
-	if e.passing() {
-		return e
-	}
-	x.why += "; stored"
-	if e.size >= 0 && e.size <= maxObject && ready(e.source) {
-		e.run(&cache)
-	} else {
-		go e.run(&cache)
-	}
+	x.why += choose(e.passing(), "", "; stored")
 	return e
-}
-
-// invalidate forgets what is stored for references to the same origin, as it has changed (RFC 9111 §4.4).
-func (x *exchange) invalidate(references ...string) {
-	for _, reference := range references {
-		if path := strings.TrimPrefix(reference, "http://"+x.host()); strings.HasPrefix(path, "/") {
-			cache.invalidate(x.host() + path)
-		}
-	}
 }
 
 // via is what RFC 9110 §7.6.3 has us say of a message.
