@@ -391,10 +391,8 @@ func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked 
 	generation := cmp.Or(cmp.Or(old, &Answer{Entry: e}).req.Get("Generation"), rand.Text()) // e has none yet
 	e.req.Set("Generation", choose(e.Get("Vary") != "", generation, ""),
 		"From", choose(e.Get("Set-Cookie") != "", person(), ""))
+	os.MkdirAll(c.dir, 0o700)       // somebody may have removed it
 	root, err := os.OpenRoot(c.dir) // Windows can rename its files while they are open
-	if err != nil && os.MkdirAll(c.dir, 0o700) == nil {
-		root, err = os.OpenRoot(c.dir)
-	}
 	if err == nil {
 		e.file, err = root.OpenFile(temporary+rand.Text(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		root.Close()
