@@ -270,9 +270,9 @@ func (e *Entry) extent() bool {
 }
 
 // judge tells whether a stored answer may be used as it is, with "", else why not, in the words of
-// Cache-Status (RFC 9111 §4, RFC 9211 §2.2). behind says that it has to be refreshed behind that. What
+// Cache-Status (RFC 9111 §4, RFC 9211 §2.2). meanwhile says that it may be while it is refreshed. What
 // has come since it was asked for, in Unix seconds, is new enough, however long that took.
-func (e *Entry) judge(req *Head, asked int64) (why string, behind bool) {
+func (e *Entry) judge(req *Head, asked int64) (why string, meanwhile bool) {
 	age := asked - e.born
 	switch ttl := e.life - age; {
 	case req.is("no-cache"), req.Get("Cache-Control") == "" && req.has("Pragma", "no-cache"),
@@ -280,10 +280,9 @@ func (e *Entry) judge(req *Head, asked int64) (why string, behind bool) {
 		return "request", false
 	case ttl > 0, !e.strict && (req.is("max-stale") || -ttl < req.seconds("max-stale", 0)):
 		return "", false
-	case !e.strict && -ttl < e.seconds("stale-while-revalidate", 0):
-		return "", true
+	default:
+		return "stale", !e.strict && -ttl < e.seconds("stale-while-revalidate", 0)
 	}
-	return "stale", false
 }
 
 // standsIn tells whether a stale answer may be used where the origin failed: altogether (status 0) unless

@@ -404,14 +404,13 @@ func (x *exchange) file(name string) *Answer {
 func (x *exchange) cached() *Answer {
 	for waited := (*Entry)(nil); ; {
 		e, key, changes := cache.lookup(x.url, x.req)
-		why, refresh := choose(key == x.url, "uri-miss", "vary-miss"), false
+		why, meanwhile := choose(key == x.url, "uri-miss", "vary-miss"), false
 		if e != nil {
-			why, refresh = e.judge(x.req, x.start.Unix())
+			why, meanwhile = e.judge(x.req, x.start.Unix())
 		}
-		if refresh && x.behind {
-			why = "stale"
-		} else if refresh {
+		if meanwhile && !x.behind {
 			go x.refresh()
+			why = ""
 		}
 		if why == "" {
 			ttl := strconv.FormatInt(e.born+e.life-x.start.Unix(), 10)
