@@ -47,12 +47,11 @@ type Entry struct {
 	first, all int64         // of a part (206): where it begins in the whole, and the size of that
 	source     io.ReadCloser // nil if it is here
 	key        string        // under which others find it
-	ready      chan struct{} // closed when it is known whether there is anything for others:
-	shared     bool          // there is
+	shared     bool          // once it is known that there is something for them
 	file       *os.File
 	taken      int64     // bytes that are in the file,
 	memory     []byte    // and those after them
-	more       sync.Cond // there are more, or no more come:
+	more       sync.Cond // there are more, or no more come, or others know what to expect:
 	err        error     // io.EOF, or what broke it
 	users      []*Answer // those who read it
 	broken     bool      // the file does not take more
@@ -323,15 +322,21 @@ func (e *Entry) part(req *Head) (status int, off, n int64) {
 	return choose(e.Status == 206, 0, e.Status), 0, e.size
 }
 
-// claim returns what is on its way under a key. If nothing is, the caller has to lead: to ask the origin,
-// and then to call store or drop. nil says that something has been stored since changes: look again.
-func (c *Cache) claim(key string, changes int64) (e *Entry, leads bool) {
+// claim returns an entry if nothing is on its way under a key: the caller has to lead, to ask the origin, and
+// then to call store or leave. Else it waits until it is known what comes, and tells whether that, or what
+// has been stored since changes, may be for the caller, who has to look again.
+func (c *Cache) claim(key string, changes int64) (e *Entry, again bool) {
 	defer lock(c)()
-	if e = c.under[key]; e == nil && c.changes == changes {
-		e, leads = &Entry{key: key, ready: make(chan struct{})}, true
+	other := c.under[key]
+	if other == nil && c.changes == changes {
+		e = &Entry{key: key}
 		e.more.L, c.under[key] = c, e
+		return e, false
 	}
-	return e, leads
+	for other != nil && !other.shared && c.under[key] == other {
+		other.more.Wait()
+	}
+	return nil, (other == nil || other.shared) && c.changes != changes
 }
 
 // use lets one more read the entry.
@@ -341,12 +346,7 @@ func (e *Entry) use() *Answer {
 	return a
 }
 
-// drop says that there is nothing for others; invalidate forgets what is under a URL.
-func (c *Cache) drop(e *Entry) {
-	defer lock(c)()
-	close(e.ready)
-	e.leave()
-}
+// invalidate forgets what is under a URL.
 func (c *Cache) invalidate(url string) {
 	defer lock(c)()
 	delete(c.under, url)
@@ -411,8 +411,8 @@ func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked 
 	if old != nil {
 		c.files, c.size = c.files-1, c.size-old.off-old.size
 	}
-	e.shared = true
-	close(e.ready)
+	e.shared, c.changes = true, c.changes+1
+	e.more.Broadcast()
 	a = e.use()
 	a.own = came.Head // with what is for this client alone
 	if unlock(); e.size >= 0 && e.size <= maxObject && ready(e.source) {
@@ -477,6 +477,7 @@ func (e *Entry) leave() (found bool) {
 	if found = cache.under[e.key] == e; found {
 		delete(cache.under, e.key)
 	}
+	e.more.Broadcast()
 	return found
 }
 

@@ -402,7 +402,7 @@ func (x *exchange) file(name string) *Answer {
 // cached answers from the store where it may (RFC 9111 §4), or from what is on its way there; else it
 // asks. Where it is no client that asks, but we behind its back, what is stale is never good enough.
 func (x *exchange) cached() *Answer {
-	for waited := (*Entry)(nil); ; {
+	for {
 		e, key, changes := cache.lookup(x.url, x.req)
 		why, meanwhile := choose(key == x.url, "uri-miss", "vary-miss"), false
 		if e != nil {
@@ -423,17 +423,13 @@ func (x *exchange) cached() *Answer {
 		if alone || e == nil && !cache.due(x.url) {
 			return x.fetch(e, nil, why)
 		}
-		d, leads := cache.claim(key, changes)
-		if leads {
+		d, again := cache.claim(key, changes)
+		if !again && (d != nil || !x.behind) {
 			return x.fetch(e, d, why)
-		} else if d != nil { // something is on its way already: wait until it is known what it is
-			if <-d.ready; !x.behind && (!d.shared || d == waited) { // not for others, or this one
-				return x.fetch(e, nil, why)
-			}
-			waited, x.why = d, "proxy; fwd="+why+"; collapsed"
 		}
 		e.Close()
-		must(d == nil || !x.behind, "504 another refreshes it")
+		must(!x.behind, "504 another refreshes it")
+		x.why = "proxy; fwd=" + why + "; collapsed"
 	}
 }
 
@@ -471,8 +467,9 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 		if e != stored {
 			stored.Close()
 		}
-		if d != nil && !d.shared {
-			cache.drop(d)
+		if d != nil && !d.shared { // there is nothing for others
+			defer lock(&cache)()
+			d.leave()
 		}
 	}()
 	must(!x.req.is("only-if-cached"), "504 not in the cache:", x.url)
