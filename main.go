@@ -419,8 +419,7 @@ func (x *exchange) cached() *Answer {
 			x.why = choose(e.source == nil, "proxy; hit; ttl="+ttl, collapsed)
 			return e
 		}
-		alone := x.req.Line[0] == "HEAD" || x.req.is("only-if-cached") || e != nil && e.source != nil
-		if alone || e == nil && !cache.due(x.url) {
+		if x.req.Line[0] == "HEAD" || x.req.is("only-if-cached") || e == nil && !cache.due(x.url) {
 			return x.fetch(e, nil, why)
 		}
 		d, again := cache.claim(key, changes)
