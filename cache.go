@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -63,7 +64,7 @@ type Entry struct {
 type Answer struct {
 	*Entry
 	own *Head
-	at  int64
+	at  atomic.Int64 // which Write looks at
 }
 
 // A Cache is a directory of entries.
@@ -463,7 +464,7 @@ func (e *Entry) Write(p []byte) (n int, _ error) {
 		e.broken, e.memory = true, p[n:]
 		e.leave()
 		e.more.Broadcast()
-		for slices.ContainsFunc(e.users, func(a *Answer) bool { return a.off+a.at < e.end() }) {
+		for slices.ContainsFunc(e.users, func(a *Answer) bool { return a.off+a.at.Load() < e.end() }) {
 			e.more.Wait()
 		}
 		e.taken, e.memory = e.end(), nil
@@ -503,19 +504,19 @@ func (a *Answer) ready() bool {
 	return a.err != nil || a.end() == a.off+a.size
 }
 func (a *Answer) Read(p []byte) (n int, err error) {
-	unlock := lock(&cache)
-	for a.off+a.at >= a.end() && a.err == nil {
+	at, unlock := a.off+a.at.Load(), lock(&cache)
+	for at >= a.end() && a.err == nil {
 		a.more.Wait()
 	}
-	beyond, err := a.off+a.at-a.taken, a.err
+	beyond, err := at-a.taken, a.err
 	if beyond >= 0 && beyond < int64(len(a.memory)) {
 		n, err = copy(p, a.memory[beyond:]), nil
 	}
 	if unlock(); beyond < 0 {
-		n, err = a.file.ReadAt(p[:min(int64(len(p)), -beyond)], a.off+a.at)
+		n, err = a.file.ReadAt(p[:min(int64(len(p)), -beyond)], at)
 	}
 	defer lock(&cache)()
-	if a.at += int64(n); a.broken {
+	if a.at.Add(int64(n)); a.broken {
 		a.more.Broadcast()
 	}
 	return n, err

@@ -579,7 +579,7 @@ func (x *exchange) selected(e *Answer) (h *Head, off, n int64) {
 func (x *exchange) send(e *Answer) (err error) {
 	defer e.Close()
 	h, off, n := x.selected(e)
-	e.at = off
+	e.at.Store(off)
 	x.keep = x.keep && x.c.upload.failed() == nil // before its body is looked at
 	none, head, old := h.Status == 204 || h.Status == 304, x.req.Line[0] == "HEAD", x.req.old()
 	silent := none || head && (n < 0 || e.passing()) // of a length, but for what the origin said
