@@ -347,13 +347,13 @@ func (e *Entry) use() *Answer {
 	return a
 }
 
-// invalidate forgets what is under a URL.
-func (c *Cache) invalidate(url string) {
+// invalidate forgets what is under a key.
+func (c *Cache) invalidate(key string) {
 	defer lock(c)()
-	delete(c.under, url)
-	delete(c.memory, url)
-	if c.changes++; os.Remove(c.path(url)) != nil { // e.g., the directory is read-only
-		os.Truncate(c.path(url), 0)
+	delete(c.under, key)
+	delete(c.memory, key)
+	if c.changes++; os.Remove(c.path(key)) != nil { // e.g., the directory is read-only
+		os.Truncate(c.path(key), 0)
 	}
 }
 
@@ -457,7 +457,10 @@ func (e *Entry) run(c *Cache) {
 // them before there is more, and nothing is stored.
 func (e *Entry) Write(p []byte) (n int, _ error) {
 	if !e.broken && e.taken+int64(len(p)) <= cache.limit {
-		n, _ = e.file.Write(p)
+		var err error
+		if n, err = e.file.Write(p); err != nil {
+			log.Printf("not stored: %v", err)
+		}
 	}
 	defer lock(&cache)()
 	if e.taken += int64(n); n < len(p) {

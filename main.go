@@ -509,11 +509,17 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	old := stored
 	if validates && status == 304 {
 		e.source.Close()
+		had, has := strings.TrimPrefix(stored.Get("ETag"), "W/"), res.Get("ETag")
+		if had != "" && had != has && strings.HasPrefix(has, `"`) { // it is of another (RFC 9111 §4.3.4)
+			return x.fetch(nil, d, why)
+		}
 		x.code, stored = "TCP_REFRESH_UNMODIFIED", nil // its body is the source now
 		e.Head, e.source, e.size = old.updated(res), old, old.size
 	}
 	e = cache.store(d, e, old, x.url, x.req, asked, x.person)
-	x.why += choose(e.passing(), "", "; stored")
+	if x.why += choose(e.passing(), "", "; stored"); e.passing() && d != nil && old != nil && status == 200 {
+		cache.invalidate(d.key) // what is stored has been replaced
+	}
 	return e
 }
 

@@ -501,7 +501,7 @@ func TestLaw(t *testing.T) {
 	eq(t, "missing files", len(law), 0)
 	// The law is less than 1,000 lines in all and 400 a file at most. The code does not keep it: until it
 	// does, these ceilings keep it from growing.
-	ceilings := map[string]int{"main.go": 734, "cache.go": 600, "request.go": 510}
+	ceilings := map[string]int{"main.go": 715, "cache.go": 590, "request.go": 509}
 	total := 0
 	for _, name := range []string{"main.go", "request.go", "cache.go", "main_test.go"} {
 		source, err := os.ReadFile(name)
@@ -2414,6 +2414,29 @@ func TestRevalidationUpdatesFields(t *testing.T) {
 	came, _ = o.outcome("/date", "")
 	eq(t, "the date as it came", came+o.request("/date").Header.Get("If-Modified-Since"),
 		"304Sunday, 06-Nov-94 08:49:37 GMT")
+	o.set("/other", reply{do: func(w http.ResponseWriter, r *http.Request) {
+		tag := choose(r.Header.Get("If-None-Match") == "", `"1"`, `"2"`) // it answers for another page
+		w.Header().Set("Date", p.at("@0"))
+		w.Header().Set("ETag", tag)
+		w.Header().Set("Cache-Control", "max-age=60")
+		if tag == `"2"` {
+			w.WriteHeader(304)
+			return
+		}
+		fmt.Fprint(w, o.count("/other"))
+	}})
+	for i, want := range []string{`1"1"`, `3"1"`} {
+		a = p.get(o.url("/other"), "")
+		eq(t, "a 304 of another", fmt.Sprint(a.status, a.body, a.Get("ETag")), "200"+want)
+		eq(t, "requests", o.count("/other"), 1+2*i)
+		p.move(63)
+	}
+	o.put("/gone", `ETag: "1" | Cache-Control: max-age=600`, "old")
+	p.get(o.url("/gone"), "")
+	o.put("/gone", "Cache-Control: no-store", "new")
+	for _, fields := range []string{"Cache-Control: no-cache", ""} {
+		eq(t, "what is stored no more", p.get(o.url("/gone"), fields).body, "new")
+	}
 	p.move(63)
 	o.put("/date", "Last-Modified: @-10 | Cache-Control: max-age=60", "new")
 	for _, want := range []string{"miss", "hit"} {
@@ -2706,9 +2729,12 @@ func TestStaleWhileRevalidate(t *testing.T) {
 	release = make(chan bool)
 	o.set("/", reply{do: func(w http.ResponseWriter, r *http.Request) { <-release; w.WriteHeader(503) }})
 	together(10, func(int) { eq(t, "stale", p.get(o.url("/"), "").body, "new") })
+	time.Sleep(100 * time.Millisecond)
 	close(release)
 	time.Sleep(50 * time.Millisecond)
-	eq(t, "requests, if what comes is not stored", o.count("/"), 4)
+	if n := o.count("/"); n < 4 || n > 7 { // one that comes late asks anew, a herd would be 13
+		t.Errorf("%d requests, if what comes is not stored", n)
+	}
 }
 
 func TestAgeAndCacheStatus(t *testing.T) {
@@ -3197,6 +3223,7 @@ func TestFullDisk(t *testing.T) {
 			t.Errorf("%d KiB were resident", kib)
 		}
 	}
+	match(t, "the operator is told", p.errs.String(), `.*not stored: .* no space left on device\n.*`)
 	o.put("/small", "Cache-Control: max-age=60", "small")
 	p.get(o.url("/small"), "")
 	p.entry(o.url("/small"))
