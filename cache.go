@@ -54,7 +54,7 @@ type Entry struct {
 	memory     []byte    // and those after them
 	more       sync.Cond // there are more, or no more come, or others know what to expect:
 	err        error     // io.EOF, or what broke it
-	users      []*Answer // those who read it
+	users      []*Answer // those who read it, if more than one can
 	broken     bool      // the file does not take more
 	used, read time.Time // when its file was last used, and read into memory
 }
@@ -150,7 +150,8 @@ func (c *Cache) find(key string) (a *Answer, changes int64) {
 		e = c.memory[key]
 	}
 	if e != nil && (e.source != nil || now().Sub(e.read) <= time.Second) {
-		a = e.use()
+		a = &Answer{Entry: e}
+		e.users = append(e.users, a)
 	}
 	if unlock(); a != nil {
 		return a, changes
@@ -161,7 +162,7 @@ func (c *Cache) find(key string) (a *Answer, changes int64) {
 		os.Chtimes(e.file.Name(), t, t)
 	}
 	if e.size > maxObject {
-		return e.use(), changes
+		return &Answer{Entry: e}, changes
 	}
 	memory := make([]byte, e.size)
 	_, err := io.ReadFull(io.NewSectionReader(e.file, e.off, e.size), memory)
@@ -174,7 +175,7 @@ func (c *Cache) find(key string) (a *Answer, changes int64) {
 		}
 		c.memory[key] = e
 	}
-	return choose(err == nil, e.use(), nil), changes
+	return choose(err == nil, &Answer{Entry: e}, nil), changes
 }
 
 // open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
@@ -340,13 +341,6 @@ func (c *Cache) claim(key string, changes int64) (e *Entry, again bool) {
 	return nil, (other == nil || other.shared) && c.changes != changes
 }
 
-// use lets one more read the entry.
-func (e *Entry) use() *Answer {
-	a := &Answer{Entry: e}
-	e.users = append(e.users, a)
-	return a
-}
-
 // invalidate forgets what is under a key.
 func (c *Cache) invalidate(key string) {
 	defer lock(c)()
@@ -414,8 +408,8 @@ func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked 
 	}
 	e.shared, c.changes = true, c.changes+1
 	e.more.Broadcast()
-	a = e.use()
-	a.own = came.Head // with what is for this client alone
+	a = &Answer{Entry: e, own: came.Head} // with what is for this client alone
+	e.users = append(e.users, a)
 	if unlock(); e.size >= 0 && e.size <= maxObject && ready(e.source) {
 		e.run(c)
 	} else {
@@ -466,7 +460,6 @@ func (e *Entry) Write(p []byte) (n int, _ error) {
 	if e.taken += int64(n); n < len(p) {
 		e.broken, e.memory = true, p[n:]
 		e.leave()
-		e.more.Broadcast()
 		for slices.ContainsFunc(e.users, func(a *Answer) bool { return a.off+a.at.Load() < e.end() }) {
 			e.more.Wait()
 		}
