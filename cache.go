@@ -366,23 +366,22 @@ func (e *Entry) storable(req *Head) bool {
 		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
 }
 
-// store puts what came, as the answer to req, into the file of e, if there is an e, it may, and that is of
-// use, and returns an answer from there, else what came. old is what it replaces, person tells whose its
-// cookies are. What is small and here already is in its place before it is answered.
-func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked time.Time,
-	person func() string) (a *Answer) {
-	if e == nil || !came.storable(req) || came.size > c.limit {
-		return came
+// store puts the answer e to req into a file for all, if that has been claimed, it may, and that is of use.
+// old is what it replaces, person tells whose its cookies are. What is small and here already is in its
+// place before it is answered.
+func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, person func() string) {
+	if e.key == "" || !e.storable(req) || e.size > c.limit {
+		return
 	}
-	e.Head, e.source, e.size = came.Clone(), came.source, came.size
+	e.own, e.Head = e.Head, e.Clone() // with what is for this client alone, and without
 	e.req = &Head{Line: [3]string{"GET", "http://" + url, "HTTP/1.1"}}
 	e.req.Fields = append([]Field{{"Date", asked.UTC().Format(dateFormat)}}, e.varied(req)...)
 	e.assess(c.ttl)
 	useful := e.life > 0 || e.seconds("stale-while-revalidate", 0) > 0
 	if !useful && e.Get("ETag")+e.Get("Last-Modified") == "" {
-		return came
+		return
 	}
-	generation := cmp.Or(cmp.Or(old, &Answer{Entry: e}).req.Get("Generation"), rand.Text()) // e has none yet
+	generation := cmp.Or(cmp.Or(old, e).req.Get("Generation"), rand.Text()) // e has none yet
 	e.req.Set("Generation", choose(e.Get("Vary") != "", generation, ""),
 		"From", choose(e.Get("Set-Cookie") != "", person(), ""))
 	os.MkdirAll(c.dir, 0o700)       // somebody may have removed it
@@ -393,14 +392,14 @@ func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked 
 	}
 	if err != nil {
 		log.Printf("not stored: %v", err)
-		return came
+		return
 	}
 	private := strings.Join(e.arguments("private", "no-cache"), ",") // names of fields
 	e.Del(append(strings.FieldsFunc(private, separates), "Content-Length")...)
 	head := e.text(e.req.text(nil), "Content-Length", fmt.Sprintf("%20d", e.size))
 	e.off = int64(len(head))
 	e.Write(head)
-	came.Del("Age")
+	e.own.Del("Age")
 	e.Del("Age")
 	unlock := lock(c)
 	if old != nil {
@@ -408,14 +407,12 @@ func (c *Cache) store(e *Entry, came, old *Answer, url string, req *Head, asked 
 	}
 	e.shared, c.changes = true, c.changes+1
 	e.more.Broadcast()
-	a = &Answer{Entry: e, own: came.Head} // with what is for this client alone
-	e.users = append(e.users, a)
+	e.users = append(e.users, e)
 	if unlock(); e.size >= 0 && e.size <= maxObject && ready(e.source) {
 		e.run(c)
 	} else {
 		go e.run(c)
 	}
-	return a
 }
 
 // run brings the body into the file, and the file to its place.

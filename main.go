@@ -505,7 +505,8 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	}
 	x.code = choose(why == "request", "TCP_CLIENT_REFRESH_MISS", x.code)
 	x.code = choose(validates, "TCP_REFRESH_MODIFIED", x.code)
-	e = &Answer{Entry: &Entry{Head: res, source: body{c}, size: max(c.kind, -1)}}
+	e = &Answer{Entry: cmp.Or(d, &Entry{})}
+	e.Head, e.source, e.size = res, body{c}, max(c.kind, -1)
 	old := stored
 	if validates && status == 304 {
 		e.source.Close()
@@ -516,7 +517,7 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 		x.code, stored = "TCP_REFRESH_UNMODIFIED", nil // its body is the source now
 		e.Head, e.source, e.size = old.updated(res), old, old.size
 	}
-	e = cache.store(d, e, old, x.url, x.req, asked, x.person)
+	cache.store(e, old, x.url, x.req, asked, x.person)
 	if x.why += choose(e.passing(), "", "; stored"); e.passing() && d != nil && old != nil && status == 200 {
 		cache.invalidate(d.key) // what is stored has been replaced
 	}
@@ -591,11 +592,11 @@ func (x *exchange) send(e *Answer) (err error) {
 	silent := none || head && (n < 0 || e.passing()) // of a length, but for what the origin said
 	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.whole() && closing.Err() == nil
 	length := choose(!silent && n >= 0, strconv.FormatInt(n, 10), "")
-	age := choose(e.req != nil, strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10), "")
+	age := strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10)
 	chunks, body := !silent && n < 0 && !old, choose[io.Reader](e.passing(), e.source, e)
 	x.c.out = h.text(x.c.out, "Content-Length", length, "Transfer-Encoding", choose(chunks, "chunked", ""),
-		"Age", age, "Via", choose(x.why != "", via(h), ""), "Cache-Status", x.why,
-		"Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
+		"Age", choose(e.req == nil || e.passing(), "", age), "Via", choose(x.why != "", via(h), ""),
+		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
 	x.status, x.kind = h.Status, h.Get("Content-Type")
 	if n = choose(none || head, 0, n); e.file == nil && !e.passing() {
 		_, err = x.c.Write(e.memory[off : off+n])
