@@ -191,12 +191,11 @@ func client(c *Conn) {
 // An exchange is a request and its answer. It asks address, host:port, for path; url, host and path, is
 // the key in the cache. The outcome is code and peer in the words of Squid's log, why in Cache-Status's.
 type exchange struct {
-	c                                         *Conn
-	req                                       *Head
-	start                                     time.Time
-	address, path, url, code, peer, why, kind string
-	direct, keep, behind                      bool // asked as a server; connection is kept; nobody waits
-	status                                    int
+	c                                   *Conn
+	req, res                            *Head // as they came, and went
+	start                               time.Time
+	address, path, url, code, peer, why string
+	direct, keep, behind                bool // asked as a server; connection is kept; nobody waits
 }
 
 // try makes an answer of what fails.
@@ -597,7 +596,7 @@ func (x *exchange) send(e *Answer) (err error) {
 	x.c.out = h.text(x.c.out, "Content-Length", length, "Transfer-Encoding", choose(chunks, "chunked", ""),
 		"Age", choose(e.req == nil || e.passing(), "", age), "Via", choose(x.why != "", via(h), ""),
 		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
-	x.status, x.kind = h.Status, h.Get("Content-Type")
+	x.res = h
 	if n = choose(none || head, 0, n); e.file == nil && !e.passing() {
 		_, err = x.c.Write(e.memory[off : off+n])
 		return err
@@ -616,7 +615,7 @@ func (x *exchange) tunnel() *Answer {
 	x.code = "TCP_TUNNEL"
 	o := newConn(nc, x.address)
 	defer o.Close()
-	x.peer, x.status = "HIER_DIRECT/"+o.peer, 200
+	x.peer, x.res = "HIER_DIRECT/"+o.peer, &Head{Status: 200}
 	o.wait, x.c.wait = tunnelWait, tunnelWait
 	x.c.renew.Store(0)
 	o.expect(untilClose)
@@ -631,11 +630,11 @@ func (x *exchange) tunnel() *Answer {
 // log writes a line in Squid's native format, and counts.
 func (x *exchange) log() {
 	url := choose(x.url == "", cmp.Or(x.path, x.address, "error:invalid-request"), "http://"+x.url)
-	kind, _, _ := strings.Cut(x.kind, ";")
+	kind, _, _ := strings.Cut(x.res.Get("Content-Type"), ";")
 	t := now().UnixMilli()
 	stamp, took := strconv.FormatInt(t, 10), strconv.FormatInt(t-x.start.UnixMilli(), 10)
 	line := stamp[:len(stamp)-3] + "." + stamp[len(stamp)-3:] + "       "[min(6, len(took)):] + took + " " +
-		x.c.peer + " " + x.code + "/" + strconv.Itoa(1000 + x.status)[1:] + " " +
+		x.c.peer + " " + x.code + "/" + strconv.Itoa(1000 + x.res.Status)[1:] + " " +
 		strconv.FormatInt(x.c.written, 10) + " " + printable(x.req.Line[0]) + " " + printable(url) + " - " +
 		x.peer + " " + printable(kind) + "\n"
 	defer lock(&journal)()
