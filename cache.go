@@ -427,14 +427,13 @@ func (e *Entry) run(c *Cache) {
 	unlock() // it has to be in its place before it is forgotten, and nobody is to wait for that
 	whole = whole && os.Rename(e.file.Name(), c.path(e.key)) == nil
 	defer lock(c)()
-	if !e.leave() || !whole { // it broke, or has been invalidated, if not before then meanwhile
+	if e.leave() && whole {
+		c.files, c.size = c.files+1, c.size+e.taken
+	} else { // it broke, or has been invalidated, if not before then meanwhile
 		os.Remove(choose(whole, c.path(e.key), e.file.Name()))
-		whole = false
 	}
 	delete(c.memory, e.key)
-	if e.err, c.changes = cmp.Or(err, io.EOF), c.changes+1; whole {
-		c.files, c.size = c.files+1, c.size+e.taken
-	}
+	e.err, c.changes = cmp.Or(err, io.EOF), c.changes+1
 	if e.more.Broadcast(); len(e.users) == 0 {
 		e.file.Close()
 	}
