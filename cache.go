@@ -503,13 +503,12 @@ func (a *Answer) Read(p []byte) (n int, err error) {
 	beyond, err := at-a.taken, a.err
 	if beyond >= 0 && beyond < int64(len(a.memory)) {
 		n, err = copy(p, a.memory[beyond:]), nil
+		a.at.Add(int64(n))
+		a.more.Broadcast()
 	}
 	if unlock(); beyond < 0 {
 		n, err = a.file.ReadAt(p[:min(int64(len(p)), -beyond)], at)
-	}
-	defer lock(&cache)()
-	if a.at.Add(int64(n)); a.broken {
-		a.more.Broadcast()
+		a.at.Add(int64(n))
 	}
 	return n, err
 }
