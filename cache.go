@@ -24,9 +24,10 @@ const (
 	plain      = "abcdefghijklmnopqrstuvwxyz0123456789-./" // what stands for itself in the name of a file
 	hex        = "0123456789abcdef"
 	dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
-	maxSeconds = 1 << 31  // of an age or a lifetime (RFC 9111 §1.2.2)
-	maxObject  = 1 << 20  // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
-	maxMemory  = 16 << 20 // bytes of all these
+	maxSeconds = 1 << 31   // of an age or a lifetime (RFC 9111 §1.2.2)
+	maxObject  = 1 << 20   // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
+	maxMemory  = 16 << 20  // bytes of all these
+	maxBehind  = 256 << 10 // bytes that are kept for the slowest reader where the file does not take them
 )
 
 var (
@@ -408,8 +409,8 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 	e.shared, c.changes = true, c.changes+1
 	e.more.Broadcast()
 	e.users = append(e.users, e)
-	if unlock(); e.size >= 0 && e.size <= maxObject && ready(e.source) {
-		e.run(c)
+	if unlock(); e.size >= 0 && e.size <= maxBehind/2 && ready(e.source) {
+		e.run(c) // nobody reads yet, so it must not have to wait for that
 	} else {
 		go e.run(c)
 	}
@@ -443,8 +444,8 @@ func (e *Entry) run(c *Cache) {
 	}
 }
 
-// Write takes what arrives. To fail would cut all clients: what the file does not take is handed to each of
-// them before there is more, and nothing is stored.
+// Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until
+// all have read it, nothing is stored, and the download waits for those who are too far behind.
 func (e *Entry) Write(p []byte) (n int, _ error) {
 	if !e.broken && e.taken+int64(len(p)) <= cache.limit {
 		var err error
@@ -454,12 +455,16 @@ func (e *Entry) Write(p []byte) (n int, _ error) {
 	}
 	defer lock(&cache)()
 	if e.taken += int64(n); n < len(p) {
-		e.broken, e.memory = true, p[n:]
+		e.broken = true
 		e.leave()
-		for slices.ContainsFunc(e.users, func(a *Answer) bool { return a.off+a.at.Load() < e.end() }) {
-			e.more.Wait()
+		behind := func(a *Answer) bool { return a.off+a.at.Load() < e.end() }
+		if len(e.memory) > maxBehind {
+			for slices.ContainsFunc(e.users, behind) {
+				e.more.Wait()
+			}
+			e.taken, e.memory = e.end(), e.memory[:0]
 		}
-		e.taken, e.memory = e.end(), nil
+		e.memory = append(e.memory, p[n:]...)
 	}
 	e.more.Broadcast()
 	return len(p), nil
