@@ -457,9 +457,8 @@ func (e *Entry) Write(p []byte) (n int, _ error) {
 	if e.taken += int64(n); n < len(p) {
 		e.broken = true
 		e.leave()
-		behind := func(a *Answer) bool { return a.off+a.at.Load() < e.end() }
 		if len(e.memory) > maxBehind {
-			for slices.ContainsFunc(e.users, behind) {
+			for slices.ContainsFunc(e.users, func(a *Answer) bool { return a.off+a.at.Load() < e.end() }) {
 				e.more.Wait()
 			}
 			e.taken, e.memory = e.end(), e.memory[:0]

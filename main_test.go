@@ -501,7 +501,7 @@ func TestLaw(t *testing.T) {
 	eq(t, "missing files", len(law), 0)
 	// The law is less than 1,000 lines in all and 400 a file at most. The code does not keep it: until it
 	// does, these ceilings keep it from growing.
-	ceilings := map[string]int{"main.go": 715, "cache.go": 590, "request.go": 509}
+	ceilings := map[string]int{"main.go": 714, "cache.go": 582, "request.go": 509}
 	total := 0
 	for _, name := range []string{"main.go", "request.go", "cache.go", "main_test.go"} {
 		source, err := os.ReadFile(name)
@@ -3229,6 +3229,17 @@ func TestFullDisk(t *testing.T) {
 	p.entry(o.url("/small"))
 	came, a := o.outcome("/small", "")
 	eq(t, "small ones are stored", came+a.body, "hitsmall")
+
+	large := bytesOf(600_000)
+	o.put("/renewed", `Cache-Control: max-age=60 | ETag: "1"`, large)
+	p.get(o.url("/renewed"), "")
+	p.entry(o.url("/renewed"))
+	p.move(63)
+	os.WriteFile(filepath.Join(cache, "full"), bytes.Repeat([]byte("x"), 1<<20), 0o600)
+	came, a = o.outcome("/renewed", "")
+	eq(t, "a 304 on a full disk", fmt.Sprint(came, a.body == large, a.err), "304true <nil>")
+	o.put("/other", "Cache-Control: max-age=60", "small")
+	eq(t, "a small one on a full disk", p.get(o.url("/other"), "").body, "small")
 }
 
 // What is opened is closed again, however an exchange ends.
