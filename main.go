@@ -461,7 +461,7 @@ func (x *exchange) outgoing(stored *Answer) (h *Head, validates bool) {
 // stands in where the origin fails.
 func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	defer func() {
-		if e != stored {
+		if e == nil || e != stored && e.source != stored { // it is not used any more
 			stored.Close()
 		}
 		if d != nil && !d.shared { // there is nothing for others
@@ -505,18 +505,18 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	x.code = choose(validates, "TCP_REFRESH_MODIFIED", x.code)
 	e = &Answer{Entry: cmp.Or(d, &Entry{})}
 	e.Head, e.source, e.size = res, body{c}, max(c.kind, -1)
-	old := stored
 	if validates && status == 304 {
 		e.source.Close()
 		had, has := strings.TrimPrefix(stored.Get("ETag"), "W/"), res.Get("ETag")
 		if had != "" && had != has && strings.HasPrefix(has, `"`) { // it is of another (RFC 9111 §4.3.4)
 			return x.fetch(nil, d, why)
 		}
-		x.code, stored = "TCP_REFRESH_UNMODIFIED", nil // its body is the source now
-		e.Head, e.source, e.size = old.updated(res), old, old.size
+		x.code = "TCP_REFRESH_UNMODIFIED"
+		e.Head, e.source, e.size = stored.updated(res), stored, stored.size
 	}
-	cache.store(e, old, x.url, x.req, asked, x.person)
-	if x.why += choose(e.passing(), "", "; stored"); e.passing() && d != nil && old != nil && status == 200 {
+	cache.store(e, stored, x.url, x.req, asked, x.person)
+	x.why += choose(e.passing(), "", "; stored")
+	if e.passing() && d != nil && stored != nil && status == 200 {
 		cache.invalidate(d.key) // what is stored has been replaced
 	}
 	return e
