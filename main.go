@@ -170,6 +170,7 @@ func client(c *Conn) {
 		}
 		active.Add(1)
 		x := &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
+		c.written = 0
 		e := x.try(func() *Answer { fail(err); return x.answer() })
 		if e != nil && x.send(e) != nil {
 			x.code, x.keep, reset = x.code+"_ABORTED", false, x.req.old()

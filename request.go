@@ -244,7 +244,7 @@ type Conn struct {
 	net.Conn
 	in             *bufio.Reader
 	out            []byte // what goes out with the next Write
-	written        int64  // bytes since the last head has come
+	written        int64  // bytes of the exchange
 	wait           time.Duration
 	renew          atomic.Int64 // Unix nanoseconds from which on the deadline has to be moved
 	room           int64        // bytes that lines may have until they are too long
@@ -305,7 +305,7 @@ func (c *Conn) next(answer bool) (h *Head, err error) {
 		c.renew.Store(endless) // no progress moves this one
 		defer c.renew.Store(0)
 	}
-	c.room, c.written = maxHead, 0
+	c.room = maxHead
 	err = attempt(func() { h = c.head(answer) })
 	return h, choose[error](os.IsTimeout(err), Error("408 the head has not come in 30 seconds"), err)
 }
