@@ -77,6 +77,7 @@ type Cache struct {
 	size, files   int64                  // bytes and number of files; trim counts anew
 	changes       int64                  // of what is stored, so far
 	inMemory      int64                  // bytes
+	told          time.Time              // when the operator has been told of trouble
 	under, memory map[string]*Entry      // on their way, and held in memory
 	seen          map[string][]time.Time // the latest GETs, if uses are counted
 }
@@ -113,11 +114,12 @@ func (e *Entry) varied(req *Head) []Field {
 	var h Head
 	for _, name := range e.list("Vary") {
 		elements := req.list(name)
-		if oneOf(name, "Accept-Language", "Accept-Encoding") {
+		if len(elements) > 0 && oneOf(name, "Accept-Language", "Accept-Encoding") {
 			all := strings.ToLower(strings.ReplaceAll(strings.Join(elements, ","), " ", ""))
 			elements = slices.Sorted(strings.SplitSeq(all, ","))
 		}
-		h.Set(strings.ToLower(name), strings.Join(elements, ","))
+		value := cmp.Or(strings.Join(elements, ","), `""`) // there is one, and it is empty
+		h.Set(strings.ToLower(name), choose(len(elements) > 0, value, ""))
 	}
 	return h.Fields
 }
@@ -170,9 +172,9 @@ func (c *Cache) find(key string) (a *Answer, changes int64) {
 	e.file.Close()
 	defer lock(c)()
 	if e.file, e.taken, e.memory, e.read = nil, e.off, memory, now(); changes == c.changes && err == nil {
-		if c.inMemory += e.size + 1<<10; c.inMemory > maxMemory { // to read them again is cheap
+		if c.inMemory += e.taken + e.size + 1<<10; c.inMemory > maxMemory { // to read them again is cheap
 			clear(c.memory)
-			c.inMemory = e.size
+			c.inMemory = e.taken + e.size
 		}
 		c.memory[key] = e
 	}
@@ -326,9 +328,9 @@ func (e *Entry) part(req *Head) (status int, off, n int64) {
 }
 
 // claim returns an entry if nothing is on its way under a key: the caller has to lead, to ask the origin, and
-// then to call store or leave. Else it waits until it is known what comes, and tells whether that, or what
-// has been stored since changes, may be for the caller, who has to look again.
-func (c *Cache) claim(key string, changes int64) (e *Entry, again bool) {
+// then to call store or leave. Else one who waits does so until it is known what comes, and is told whether
+// that, or what has been stored since changes, may be for him, who has to look again.
+func (c *Cache) claim(key string, changes int64, wait bool) (e *Entry, again bool) {
 	defer lock(c)()
 	other := c.under[key]
 	if other == nil && c.changes == changes {
@@ -336,10 +338,10 @@ func (c *Cache) claim(key string, changes int64) (e *Entry, again bool) {
 		e.more.L, c.under[key] = c, e
 		return e, false
 	}
-	for other != nil && !other.shared && c.under[key] == other {
+	for wait && other != nil && !other.shared && c.under[key] == other {
 		other.more.Wait()
 	}
-	return nil, (other == nil || other.shared) && c.changes != changes
+	return nil, !wait || (other == nil || other.shared) && c.changes != changes
 }
 
 // invalidate forgets what is under a key.
@@ -391,8 +393,7 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 		e.file, err = root.OpenFile(temporary+rand.Text(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		root.Close()
 	}
-	if err != nil {
-		log.Printf("not stored: %v", err)
+	if c.tell(err); err != nil {
 		return
 	}
 	private := strings.Join(e.arguments("private", "no-cache"), ",") // names of fields
@@ -403,9 +404,6 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 	e.own.Del("Age")
 	e.Del("Age")
 	unlock := lock(c)
-	if old != nil {
-		c.files, c.size = c.files-1, c.size-old.off-old.size
-	}
 	e.shared, c.changes = true, c.changes+1
 	e.more.Broadcast()
 	e.users = append(e.users, e)
@@ -416,20 +414,32 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 	}
 }
 
+// tell has the operator know, once a minute, why things are not stored.
+func (c *Cache) tell(err error) {
+	defer lock(c)()
+	if err != nil && now().Sub(c.told) > time.Minute {
+		c.told = now()
+		log.Printf("not stored: %v", err)
+	}
+}
+
 // run brings the body into the file, and the file to its place.
 func (e *Entry) run(c *Cache) {
 	_, err := io.Copy(io.Discard, io.TeeReader(e.source, e))
-	e.source.Close()
+	defer e.source.Close() // last: until err is set who leaves may close it, so none other must have it yet
 	if e.size < 0 {
 		e.file.WriteAt(fmt.Appendf(nil, "%20d", e.taken-e.off), e.off-24)
 	}
 	unlock := lock(c)
 	whole := err == nil && c.under[e.key] == e
 	unlock() // it has to be in its place before it is forgotten, and nobody is to wait for that
+	old, _ := os.Lstat(c.path(e.key))
 	whole = whole && os.Rename(e.file.Name(), c.path(e.key)) == nil
 	defer lock(c)()
 	if e.leave() && whole {
-		c.files, c.size = c.files+1, c.size+e.taken
+		if c.files, c.size = c.files+1, c.size+e.taken; old != nil {
+			c.files, c.size = c.files-1, c.size-old.Size()
+		}
 	} else { // it broke, or has been invalidated, if not before then meanwhile
 		os.Remove(choose(whole, c.path(e.key), e.file.Name()))
 	}
@@ -438,20 +448,16 @@ func (e *Entry) run(c *Cache) {
 	if e.more.Broadcast(); len(e.users) == 0 {
 		e.file.Close()
 	}
-	if c.size > c.limit {
-		c.size = 0 // and what comes from now on
-		go c.trim()
-	}
+	c.fit()
 }
 
 // Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until
 // all have read it, nothing is stored, and the download waits for those who are too far behind.
 func (e *Entry) Write(p []byte) (n int, _ error) {
 	if !e.broken && e.taken+int64(len(p)) <= cache.limit {
-		var err error
-		if n, err = e.file.Write(p); err != nil {
-			log.Printf("not stored: %v", err)
-		}
+		written, err := e.file.Write(p)
+		n = written
+		cache.tell(err)
 	}
 	defer lock(&cache)()
 	if e.taken += int64(n); n < len(p) {
@@ -487,6 +493,7 @@ func (e *Entry) end() int64    { return e.taken + int64(len(e.memory)) }
 func (e *Entry) updated(res *Head) *Head {
 	res.Del("Content-Length", "Content-Encoding", "Content-Range")
 	h := e.Clone()
+	h.Del("Set-Cookie", "Set-Cookie2") // it is of the one who had asked before
 	for _, f := range res.Fields {
 		h.Del(f.Name)
 	}
@@ -501,6 +508,7 @@ func (a *Answer) ready() bool {
 }
 func (a *Answer) Read(p []byte) (n int, err error) {
 	at, unlock := a.off+a.at.Load(), lock(&cache)
+	a.more.Broadcast() // Write may wait for one who begins beyond what there is
 	for at >= a.end() && a.err == nil {
 		a.more.Wait()
 	}
@@ -546,9 +554,10 @@ func (c *Cache) due(url string) bool {
 	if len(c.seen) > 1<<16 {
 		clear(c.seen) // to count anew is cheaper than to find out which are old
 	}
-	times := append(c.seen[url], now())
-	c.seen[url] = times[max(0, len(times)-c.uses):]
-	return len(times) >= c.uses && now().Sub(c.seen[url][0]) <= 10*time.Minute
+	name := fileName(url) // which is not long
+	times := append(c.seen[name], now())
+	c.seen[name] = times[max(0, len(times)-c.uses):]
+	return len(times) >= c.uses && now().Sub(c.seen[name][0]) <= 10*time.Minute
 }
 
 // trim counts the files, and removes what broken downloads have left an hour ago, and the least recently
@@ -579,4 +588,13 @@ func (c *Cache) trim() {
 	}
 	defer lock(c)()
 	c.size, c.files = c.size+size, int64(len(files))
+	c.fit() // e.g., much has come meanwhile
+}
+
+// fit has the files counted anew, from 0 on, if they are too much.
+func (c *Cache) fit() {
+	if c.size > c.limit {
+		c.size = 0
+		go c.trim()
+	}
 }

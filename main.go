@@ -106,6 +106,7 @@ func main() {
 func totals() string {
 	defer lock(&journal)()
 	journal.out.Flush()
+	journal.out.Reset(os.Stdout) // or an error would stay, e.g., of a full disk
 	return fmt.Sprintf("%d requests, %d hits, %d bytes", journal.requests, journal.hits, journal.bytes)
 }
 
@@ -141,6 +142,7 @@ func configure() (address string) {
 			b, err := os.ReadFile(file)
 			fail(err)
 			*text = strings.TrimSpace(string(b))
+			must(text == block || *text != "", "400 -auth names a file without credentials:", file)
 		}
 	}
 	must(*auth == "" || strings.Contains(*auth, ":"), "400 -auth must be user:password")
@@ -248,7 +250,9 @@ func (x *exchange) answer() *Answer {
 	must(expect == "" || same(expect, "100-continue"), "417 no support of", expect)
 	kind := x.c.kind
 	if kind == chunked && expect == "" { // with a bad first chunk nothing at all is sent on
-		body{x.c}.nextChunk()
+		if _, err := (body{x.c}).Read(nil); err != io.EOF {
+			fail(err)
+		}
 	}
 	if method == "TRACE" || method == "OPTIONS" { // RFC 9110 §7.6.2
 		hops, limited := digits(req.Get("Max-Forwards"))
@@ -421,8 +425,8 @@ func (x *exchange) cached() *Answer {
 		if x.req.Line[0] == "HEAD" || x.req.is("only-if-cached") || e == nil && !cache.due(x.url) {
 			return x.fetch(e, nil, why)
 		}
-		d, again := cache.claim(key, changes)
-		if !again && (d != nil || !x.behind) {
+		d, again := cache.claim(key, changes, !x.behind)
+		if !again {
 			return x.fetch(e, d, why)
 		}
 		e.Close()
@@ -437,7 +441,7 @@ func (x *exchange) refresh() {
 	y.address, y.path, y.url, y.req.Line[0] = x.address, x.path, x.url, "GET"
 	y.req.Del("If-None-Match", "If-Modified-Since", "Range", "If-Range")
 	e := y.try(y.cached)
-	io.Copy(io.Discard, choose[io.Reader](e.passing(), e.source, e))
+	io.Copy(io.Discard, io.LimitReader(e, choose[int64](e.passing(), 0, endless))) // only what gets stored
 	e.Close()
 }
 
@@ -581,6 +585,10 @@ func (x *exchange) selected(e *Answer) (h *Head, off, n int64) {
 	return h, off, n
 }
 
+// A page asked for as /host/path would else be of one origin with all others, with our own and the files
+// here: any page elsewhere could have them read by one of its own.
+const sandbox = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
+
 // send writes an answer.
 func (x *exchange) send(e *Answer) (err error) {
 	defer e.Close()
@@ -595,7 +603,8 @@ func (x *exchange) send(e *Answer) (err error) {
 	chunks, body := !silent && n < 0 && !old, choose[io.Reader](e.passing(), e.source, e)
 	x.c.out = h.text(x.c.out, "Content-Length", length, "Transfer-Encoding", choose(chunks, "chunked", ""),
 		"Age", choose(e.req == nil || e.passing(), "", age), "Via", choose(x.why != "", via(h), ""),
-		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")))
+		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")),
+		"Content-Security-Policy", choose(x.direct && x.why != "", sandbox, ""))
 	x.res = h
 	if n = choose(none || head, 0, n); e.file == nil && !e.passing() {
 		_, err = x.c.Write(e.memory[off : off+n])
@@ -615,6 +624,9 @@ func (x *exchange) tunnel() *Answer {
 	x.code = "TCP_TUNNEL"
 	o := newConn(nc, x.address)
 	defer o.Close()
+	ip, _ := netip.ParseAddr(o.peer) // who comes back from here would be taken for this machine
+	here := ip.IsLoopback() && portOf(x.address) == portOf(x.c.LocalAddr().String())
+	must(!here, "508 a tunnel to this proxy itself:", x.address)
 	x.peer, x.res = "HIER_DIRECT/"+o.peer, &Head{Status: 200}
 	o.wait, x.c.wait = tunnelWait, tunnelWait
 	x.c.renew.Store(0)
@@ -641,6 +653,9 @@ func (x *exchange) log() {
 	journal.out.WriteString(line)
 	if x.direct && x.path == "/" { // to look at the page is not to be seen on it
 		return
+	}
+	if len(line) > 4<<10 {
+		line = line[:4<<10] + " - -" // to have all fields that the page shows
 	}
 	journal.latest = append(journal.latest[max(0, len(journal.latest)-999):], line)
 	journal.requests++

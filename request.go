@@ -3,6 +3,7 @@ package main
 // HTTP/1.1 on the wire (RFC 9110, RFC 9112): heads, where bodies end, connections. Nothing here caches.
 import (
 	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -218,7 +219,7 @@ func authority(s string) string {
 	if i := strings.LastIndexByte(host, ':'); i > strings.LastIndexByte(host, ']') {
 		host, port = host[:i], host[i+1:]
 	}
-	n, err := strconv.ParseUint(port, 10, 16)
+	n, err := strconv.ParseUint(cmp.Or(port, "80"), 10, 16)
 	ok := host != "" && err == nil && n > 0
 	if strings.HasPrefix(host, "[") && strings.HasSuffix(host, "]") {
 		ip, _ := netip.ParseAddr(host[1 : len(host)-1])
