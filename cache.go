@@ -407,7 +407,7 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 	e.shared, c.changes = true, c.changes+1
 	e.more.Broadcast()
 	e.users = append(e.users, e)
-	if unlock(); e.size >= 0 && e.size <= maxBehind/2 && ready(e.source) {
+	if unlock(); e.size >= 0 && e.off+e.size <= maxBehind && ready(e.source) {
 		e.run(c) // nobody reads yet, so it must not have to wait for that
 	} else {
 		go e.run(c)
@@ -501,14 +501,14 @@ func (e *Entry) updated(res *Head) *Head {
 	return h
 }
 
-// ready tells whether all of it has arrived.
+// ready tells whether all of it has arrived, before the first Read.
 func (a *Answer) ready() bool {
 	defer lock(&cache)()
+	a.more.Broadcast() // Write may wait for one who begins beyond what there is
 	return a.err != nil || a.end() == a.off+a.size
 }
 func (a *Answer) Read(p []byte) (n int, err error) {
 	at, unlock := a.off+a.at.Load(), lock(&cache)
-	a.more.Broadcast() // Write may wait for one who begins beyond what there is
 	for at >= a.end() && a.err == nil {
 		a.more.Wait()
 	}

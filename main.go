@@ -621,13 +621,12 @@ func (x *exchange) tunnel() *Answer {
 	x.code = "TCP_MISS"
 	nc, err := origins.Dial("tcp", x.address)
 	x.reached(err)
-	x.code = "TCP_TUNNEL"
 	o := newConn(nc, x.address)
 	defer o.Close()
 	ip, _ := netip.ParseAddr(o.peer) // who comes back from here would be taken for this machine
 	here := ip.IsLoopback() && portOf(x.address) == portOf(x.c.LocalAddr().String())
 	must(!here, "508 a tunnel to this proxy itself:", x.address)
-	x.peer, x.res = "HIER_DIRECT/"+o.peer, &Head{Status: 200}
+	x.code, x.peer, x.res = "TCP_TUNNEL", "HIER_DIRECT/"+o.peer, &Head{Status: 200}
 	o.wait, x.c.wait = tunnelWait, tunnelWait
 	x.c.renew.Store(0)
 	o.expect(untilClose)
@@ -715,6 +714,8 @@ func bars(counts map[string]int) (rows string) {
 	}
 	return rows
 }
+
+func separates(c rune) bool { return c <= ' ' || c == ',' }
 
 // printable escapes what could be taken for another field or line of the log.
 func printable(s string) string {

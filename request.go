@@ -24,6 +24,7 @@ const (
 	maxFields  = 256              // fields of one; browsers send about 20
 	maxPiece   = 256 << 10        // bytes that a slow reader has to take within stallWait
 	maxCopied  = 4 << 10          // bytes that are copied to be written with others
+	maxIdle    = 512              // connections to origins that wait for use, of 8 KiB each
 	headWait   = 30 * time.Second // from a head's first byte to its last, however they trickle in
 	stallWait  = 60 * time.Second // for a request, for an idle connection's use, for any progress
 	tunnelWait = 15 * time.Minute // for any progress of a tunnel
@@ -417,13 +418,14 @@ type Origins struct {
 	idle       []*Conn
 }
 
-// take returns an idle connection to an address, or nil, and closes those that have been idle too long.
+// take returns an idle connection to an address, or nil, and closes those that are too many or too old.
 func (o *Origins) take(address string) (taken *Conn) {
 	defer lock(o)()
-	unused := time.Now().Add(-stallWait).UnixNano()
+	unused, behind := time.Now().Add(-stallWait).UnixNano(), len(o.idle)
 	o.idle = slices.DeleteFunc(o.idle, func(c *Conn) bool {
 		wanted := taken == nil && c.origin == address
-		if c.renew.Load() < unused || wanted && !alive(c, syscall.Read) {
+		behind--
+		if behind >= maxIdle || c.renew.Load() < unused || wanted && !alive(c, syscall.Read) {
 			c.Close()
 			return true
 		}
@@ -445,11 +447,10 @@ func alive[FD ~int | ~uintptr](c *Conn, read func(FD, []byte) (int, error)) bool
 // has its body; interim ones go to tell. Only what may be sent twice (RFC 9110 §9.2.2) goes to an idle
 // connection, and if that was just closing once more to a new one.
 func (o *Origins) ask(address string, req *Head, client *Conn, tell func(*Head)) (*Head, *Conn, error) {
-	if client.kind == 0 && oneOf(req.Line[0], "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE") {
-		if c := o.take(address); c != nil {
-			if res, err := c.ask(req, client, tell); err != errSilent {
-				return res, c, err
-			}
+	twice := client.kind == 0 && oneOf(req.Line[0], "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
+	if c := o.take(choose(twice, address, "")); c != nil { // none leads to ""
+		if res, err := c.ask(req, client, tell); err != errSilent {
+			return res, c, err
 		}
 	}
 	nc, err := o.Dial("tcp", address)
@@ -494,7 +495,6 @@ func same(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b)
 func oneOf(s string, of ...string) bool {
 	return slices.ContainsFunc(of, func(t string) bool { return same(s, t) })
 }
-func separates(c rune) bool              { return c <= ' ' || c == ',' }
 func lock(l sync.Locker) (unlock func()) { l.Lock(); return l.Unlock }
 func isToken(s string) bool { // as methods and names of fields are (RFC 9110 §5.6.2)
 	for _, c := range []byte(s) {
