@@ -2770,6 +2770,8 @@ func TestStaleWhileRevalidate(t *testing.T) {
 	p.move(130)
 	eq(t, "too stale", p.get(o.url("/"), "").body, "new")
 	eq(t, "requests", o.count("/"), 3)
+	eventually(t, "stored", func() bool { came, _ := o.outcome("/", ""); return came == "hit" })
+	before := o.count("/") // what had come just before may not have been in its place
 	p.move(63)
 	release = make(chan bool)
 	o.set("/", reply{do: func(w http.ResponseWriter, r *http.Request) { <-release; w.WriteHeader(503) }})
@@ -2777,7 +2779,7 @@ func TestStaleWhileRevalidate(t *testing.T) {
 	time.Sleep(100 * time.Millisecond)
 	close(release)
 	time.Sleep(50 * time.Millisecond)
-	if n := o.count("/"); n < 4 || n > 7 { // one that comes late asks anew, a herd would be 13
+	if n := o.count("/") - before; n < 1 || n > 4 { // one that comes late asks anew, a herd would be 10
 		t.Errorf("%d requests, if what comes is not stored", n)
 	}
 }
