@@ -55,7 +55,7 @@ type Entry struct {
 	memory     []byte    // and those after them
 	more       sync.Cond // there are more, or no more come, or others know what to expect:
 	err        error     // io.EOF, or what broke it
-	users      []*Answer // those who read it, if more than one can
+	users      []*Answer // those who read it, if it has come on its way
 	broken     bool      // the file does not take more
 	used, read time.Time // when its file was last used, and read into memory
 }
@@ -73,11 +73,11 @@ type Cache struct {
 	dir           string
 	limit, ttl    int64                  // bytes at most, seconds an answer is fresh that does not say
 	uses          int                    // GETs within ten minutes from which on answers are stored
+	told          atomic.Int64           // Unix seconds when the operator has been told of trouble
 	sync.Mutex                           // guards what follows, and what changes in entries
 	size, files   int64                  // bytes and number of files; trim counts anew
 	changes       int64                  // of what is stored, so far
 	inMemory      int64                  // bytes
-	told          time.Time              // when the operator has been told of trouble
 	under, memory map[string]*Entry      // on their way, and held in memory
 	seen          map[string][]time.Time // the latest GETs, if uses are counted
 }
@@ -149,12 +149,11 @@ func (c *Cache) lookup(url string, req *Head) (e *Answer, key string, changes in
 func (c *Cache) find(key string) (a *Answer, changes int64) {
 	unlock := lock(c)
 	e, changes := c.under[key], c.changes
-	if e == nil || !e.shared {
-		e = c.memory[key]
-	}
-	if e != nil && (e.source != nil || now().Sub(e.read) <= time.Second) {
+	if e != nil && e.shared {
 		a = &Answer{Entry: e}
 		e.users = append(e.users, a)
+	} else if e = c.memory[key]; e != nil && now().Sub(e.read) <= time.Second {
+		a = &Answer{Entry: e}
 	}
 	if unlock(); a != nil {
 		return a, changes
@@ -416,9 +415,8 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 
 // tell has the operator know, once a minute, why things are not stored.
 func (c *Cache) tell(err error) {
-	defer lock(c)()
-	if err != nil && now().Sub(c.told) > time.Minute {
-		c.told = now()
+	if err != nil && now().Unix()-c.told.Load() > 60 {
+		c.told.Store(now().Unix())
 		log.Printf("not stored: %v", err)
 	}
 }
@@ -433,15 +431,16 @@ func (e *Entry) run(c *Cache) {
 	unlock := lock(c)
 	whole := err == nil && c.under[e.key] == e
 	unlock() // it has to be in its place before it is forgotten, and nobody is to wait for that
-	old, _ := os.Lstat(c.path(e.key))
-	whole = whole && os.Rename(e.file.Name(), c.path(e.key)) == nil
+	path := c.path(e.key)
+	old, _ := os.Lstat(path)
+	whole = whole && os.Rename(e.file.Name(), path) == nil
 	defer lock(c)()
 	if e.leave() && whole {
 		if c.files, c.size = c.files+1, c.size+e.taken; old != nil {
 			c.files, c.size = c.files-1, c.size-old.Size()
 		}
 	} else { // it broke, or has been invalidated, if not before then meanwhile
-		os.Remove(choose(whole, c.path(e.key), e.file.Name()))
+		os.Remove(choose(whole, path, e.file.Name()))
 	}
 	delete(c.memory, e.key)
 	e.err, c.changes = cmp.Or(err, io.EOF), c.changes+1
@@ -527,14 +526,14 @@ func (a *Answer) Read(p []byte) (n int, err error) {
 
 // Close ends the use. What interests nobody goes on only if at most 1 MiB of it is to come.
 func (a *Answer) Close() error {
-	if a == nil {
+	if a == nil || a.source == nil && a.file == nil { // it is in memory
 		return nil
 	} else if a.passing() {
 		return a.source.Close()
 	}
 	defer lock(&cache)()
 	a.users = slices.DeleteFunc(a.users, func(other *Answer) bool { return other == a })
-	if a.more.Broadcast(); len(a.users) > 0 || a.file == nil {
+	if a.more.Broadcast(); len(a.users) > 0 {
 		return nil
 	} else if a.err != nil {
 		return a.file.Close()
