@@ -12,6 +12,7 @@ import (
 	"log"
 	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -22,12 +23,12 @@ import (
 const (
 	temporary  = "+download-"                              // begins the names of files that are not whole
 	plain      = "abcdefghijklmnopqrstuvwxyz0123456789-./" // what stands for itself in the name of a file
-	hex        = "0123456789abcdef"
 	dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
-	maxSeconds = 1 << 31   // of an age or a lifetime (RFC 9111 §1.2.2)
-	maxObject  = 1 << 20   // bytes of a body that is held in memory for a second: a file costs a hit 20 µs
-	maxMemory  = 16 << 20  // bytes of all these
-	maxBehind  = 256 << 10 // bytes that are kept for the slowest reader where the file does not take them
+	maxSeconds = 1 << 31         // of an age or a lifetime (RFC 9111 §1.2.2)
+	maxObject  = 1 << 20         // bytes of a body that memory may answer with: a file costs a hit 20 µs
+	maxMemory  = 16 << 20        // bytes of all these; twice that where slow clients still get forgotten ones
+	joinWait   = 5 * time.Second // for an answer that another has asked for, in vain perhaps
+	maxBehind  = 256 << 10       // bytes kept for the slowest reader where the file does not take them
 )
 
 var (
@@ -74,10 +75,10 @@ type Cache struct {
 	limit, ttl    int64                  // bytes at most, seconds an answer is fresh that does not say
 	uses          int                    // GETs within ten minutes from which on answers are stored
 	told          atomic.Int64           // Unix seconds when the operator has been told of trouble
+	inMemory      atomic.Int64           // bytes of entries in memory, of forgotten ones in use as well
 	sync.Mutex                           // guards what follows, and what changes in entries
 	size, files   int64                  // bytes and number of files; trim counts anew
 	changes       int64                  // of what is stored, so far
-	inMemory      int64                  // bytes
 	under, memory map[string]*Entry      // on their way, and held in memory
 	seen          map[string][]time.Time // the latest GETs, if uses are counted
 }
@@ -95,7 +96,7 @@ func fileName(key string) string {
 	for i, b := range []byte(url) {
 		switch {
 		case device && i == 0, b == '.' && (i == 0 || i == len(url)-1), strings.IndexByte(plain, b) < 0:
-			name = append(name, '%', hex[b>>4], hex[b&15])
+			name = fmt.Appendf(name, "%%%02x", b)
 		case b == '/':
 			name = append(name, '_')
 		default:
@@ -113,6 +114,9 @@ func fileName(key string) string {
 func (e *Entry) varied(req *Head) []Field {
 	var h Head
 	for _, name := range e.list("Vary") {
+		if h.Get(name) != "" {
+			continue // to join 60 KiB once for each time that it is named took seconds
+		}
 		elements := req.list(name)
 		if len(elements) > 0 && oneOf(name, "Accept-Language", "Accept-Encoding") {
 			all := strings.ToLower(strings.ReplaceAll(strings.Join(elements, ","), " ", ""))
@@ -163,25 +167,25 @@ func (c *Cache) find(key string) (a *Answer, changes int64) {
 	if t := now(); t.Sub(e.used) > time.Minute { // which trim goes by
 		os.Chtimes(e.file.Name(), t, t)
 	}
-	if e.size > maxObject {
+	if e.size > maxObject || c.inMemory.Load() > 2*maxMemory { // e.g., slow clients are sent so many
 		return &Answer{Entry: e}, changes
 	}
-	memory := make([]byte, e.size)
-	_, err := io.ReadFull(io.NewSectionReader(e.file, e.off, e.size), memory)
+	memory, weight := make([]byte, e.size), e.taken+1<<10
+	_, err := e.file.ReadAt(memory, e.off)
 	e.file.Close()
+	runtime.AddCleanup(e, func(weight int64) { c.inMemory.Add(-weight) }, weight) // when nobody uses it
 	defer lock(c)()
+	if c.inMemory.Add(weight) > maxMemory { // to read them again is cheap
+		clear(c.memory)
+	}
 	if e.file, e.taken, e.memory, e.read = nil, e.off, memory, now(); changes == c.changes && err == nil {
-		if c.inMemory += e.taken + e.size + 1<<10; c.inMemory > maxMemory { // to read them again is cheap
-			clear(c.memory)
-			c.inMemory = e.taken + e.size
-		}
 		c.memory[key] = e
 	}
 	return choose(err == nil, &Answer{Entry: e}, nil), changes
 }
 
 // open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
-// in it, its size from Content-Length.
+// in it, its size from Content-Length, and its Date be past, as the clock may have been set back.
 func (c *Cache) open(name string) (e *Entry) {
 	info, err := os.Lstat(c.dir + "/" + name)
 	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
@@ -196,7 +200,7 @@ func (c *Cache) open(name string) (e *Entry) {
 		e.off, _ = file.Seek(-int64(text.in.Buffered()), io.SeekCurrent)
 		e.taken = e.off + e.size
 		ours := strings.HasPrefix(name+"~", fileName(strings.TrimPrefix(e.req.Line[1], "http://"))+"~")
-		must(ours && e.taken == info.Size(), "502 damaged")
+		must(ours && e.taken == info.Size() && httpDate(e.req.Get("Date")) <= now().Unix(), "502 damaged")
 	}) != nil {
 		file.Close()
 		return nil
@@ -278,20 +282,20 @@ func (e *Entry) extent() bool {
 func (e *Entry) judge(req *Head, asked int64) (why string, meanwhile bool) {
 	age := asked - e.born
 	switch ttl := e.life - age; {
-	case req.is("no-cache"), req.Get("Cache-Control") == "" && req.has("Pragma", "no-cache"),
+	case req.is("no-cache"), req.Get("Cache-Control") == "" && oneOf("no-cache", req.list("Pragma")...),
 		age >= req.seconds("max-age", age+1), ttl < req.seconds("min-fresh", -endless):
 		return "request", false
 	case ttl > 0, !e.strict && (req.is("max-stale") || -ttl < req.seconds("max-stale", 0)):
 		return "", false
 	default:
-		return "stale", !e.strict && -ttl < e.seconds("stale-while-revalidate", 0)
+		return "stale", !e.strict && e.Status != 206 && -ttl < e.seconds("stale-while-revalidate", 0)
 	}
 }
 
 // standsIn tells whether a stale answer may be used where the origin failed: altogether (status 0) unless
 // that is forbidden, with an error if that is allowed (RFC 9111 §4.2.4, RFC 5861 §4).
 func (e *Entry) standsIn(req *Head, status int) bool {
-	return !e.strict && !req.is("no-cache") && !req.has("Pragma", "no-cache") &&
+	return !e.strict && !req.is("no-cache") && !oneOf("no-cache", req.list("Pragma")...) &&
 		(status == 0 && len(e.arguments("stale-if-error")) == 0 ||
 			slices.Contains([]int{0, 500, 502, 503, 504}, status) && now().Unix()-e.born-e.life <
 				max(e.seconds("stale-if-error", 0), req.seconds("stale-if-error", 0)))
@@ -337,10 +341,12 @@ func (c *Cache) claim(key string, changes int64, wait bool) (e *Entry, again boo
 		e.more.L, c.under[key] = c, e
 		return e, false
 	}
-	for wait && other != nil && !other.shared && c.under[key] == other {
+	late := time.Now().Add(joinWait)
+	for wait && other != nil && !other.shared && c.under[key] == other && time.Now().Before(late) {
+		time.AfterFunc(joinWait, other.more.Broadcast)
 		other.more.Wait()
 	}
-	return nil, !wait || (other == nil || other.shared) && c.changes != changes
+	return nil, (other == nil || other.shared) && c.changes != changes
 }
 
 // invalidate forgets what is under a key.
@@ -348,22 +354,21 @@ func (c *Cache) invalidate(key string) {
 	defer lock(c)()
 	delete(c.under, key)
 	delete(c.memory, key)
-	if c.changes++; os.Remove(c.path(key)) != nil { // e.g., the directory is read-only
+	c.changes++
+	if err := os.Remove(c.path(key)); err != nil && !os.IsNotExist(err) { // e.g., it is read-only
 		os.Truncate(c.path(key), 0)
 	}
 }
 
 // storable tells whether a shared cache may store e, the answer to req (RFC 9111 §3).
 func (e *Entry) storable(req *Head) bool {
-	known, part := slices.Contains(heuristic, e.Status), e.extent()
-	if len(e.arguments("no-store", "must-understand")) > 0 && !(known && e.is("must-understand")) {
-		return false
-	}
+	known, fits := slices.Contains(heuristic, e.Status), e.Status != 206 || e.extent()
+	forbidden := len(e.arguments("no-store", "must-understand")) > 0 && !(known && e.is("must-understand"))
 	shared := e.arguments("s-maxage")
 	explicit := len(shared)+len(e.arguments("max-age"))+len(e.list("Expires")) > 0
 	ours := func(name string) bool { return oneOf(name, "*", "Date", "Generation", "From") }
-	return e.Status != 304 && e.Status != 416 && (e.Status != 206 || part) && len(e.Fields) < maxFields-8 &&
-		!slices.ContainsFunc(e.list("Vary"), ours) && !req.is("no-store") && !e.is("private") &&
+	return !forbidden && !e.is("private") && !req.is("no-store") && e.Status != 304 && e.Status != 416 &&
+		fits && len(e.Fields) < maxFields-8 && !slices.ContainsFunc(e.list("Vary"), ours) &&
 		(req.Get("Authorization") == "" || len(shared) > 0 || e.is("public", "must-revalidate")) &&
 		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
 }
@@ -447,7 +452,10 @@ func (e *Entry) run(c *Cache) {
 	if e.more.Broadcast(); len(e.users) == 0 {
 		e.file.Close()
 	}
-	c.fit()
+	if c.size > c.limit { // all is counted anew, from 0 on
+		c.size = 0
+		go c.trim()
+	}
 }
 
 // Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until
@@ -504,7 +512,7 @@ func (e *Entry) updated(res *Head) *Head {
 func (a *Answer) ready() bool {
 	defer lock(&cache)()
 	a.more.Broadcast() // Write may wait for one who begins beyond what there is
-	return a.err != nil || a.end() == a.off+a.size
+	return a.err == io.EOF || a.end() == a.off+a.size
 }
 func (a *Answer) Read(p []byte) (n int, err error) {
 	at, unlock := a.off+a.at.Load(), lock(&cache)
@@ -519,6 +527,7 @@ func (a *Answer) Read(p []byte) (n int, err error) {
 	}
 	if unlock(); beyond < 0 {
 		n, err = a.file.ReadAt(p[:min(int64(len(p)), -beyond)], at)
+		err = choose(err == io.EOF, io.ErrUnexpectedEOF, err) // somebody has cut it
 		a.at.Add(int64(n))
 	}
 	return n, err
@@ -539,7 +548,7 @@ func (a *Answer) Close() error {
 		return a.file.Close()
 	} else if b, ok := a.source.(body); ok && (a.size < 0 || a.off+a.size-a.taken > 1<<20) {
 		a.leave()
-		b.Conn.Conn.Close()
+		b.Conn.Close()
 	}
 	return nil
 }
@@ -564,9 +573,9 @@ func (c *Cache) due(url string) bool {
 func (c *Cache) trim() {
 	files, size := []os.FileInfo(nil), int64(0)
 	entries, _ := os.ReadDir(c.dir)
-	for _, entry := range entries {
-		info, err := entry.Info()
-		if name := entry.Name(); err == nil && info.Mode().IsRegular() && strings.Contains(name, "_") {
+	for _, file := range entries {
+		info, err := file.Info()
+		if name := file.Name(); err == nil && info.Mode().IsRegular() && strings.ContainsAny(name[1:], "_+") {
 			files, size = append(files, info), size+info.Size()
 		} else if err == nil && strings.HasPrefix(name, temporary) && now().Sub(info.ModTime()) > time.Hour {
 			os.Remove(c.dir + "/" + name)
@@ -587,13 +596,4 @@ func (c *Cache) trim() {
 	}
 	defer lock(c)()
 	c.size, c.files = c.size+size, int64(len(files))
-	c.fit() // e.g., much has come meanwhile
-}
-
-// fit has the files counted anew, from 0 on, if they are too much.
-func (c *Cache) fit() {
-	if c.size > c.limit {
-		c.size = 0
-		go c.trim()
-	}
 }

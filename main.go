@@ -74,12 +74,15 @@ func main() {
 	}
 	l, err := net.Listen("tcp", address)
 	os.MkdirAll(*dir, 0o700)
-	trial := *dir + "/" + temporary
+	trial := *dir + "/" + temporary + rand.Text() // others may start on it, too
 	if err = cmp.Or(err, os.WriteFile(trial, nil, 0o600), os.Remove(trial)); err != nil {
 		log.Fatal(err) // with status 1
 	}
 	closing, _ = signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(closing, func() { l.Close() })
+	context.AfterFunc(closing, func() {
+		l.Close()
+		time.AfterFunc(11*time.Second, func() { os.Exit(0) }) // e.g., nobody reads the log any more
+	})
 	log.Printf("listening on %s, cache in %s", l.Addr(), *dir)
 	go cache.trim()
 	go func() {
@@ -130,7 +133,7 @@ func configure() (address string) {
 	n, ok := digits(port)
 	must(err == nil && ok && n < 65536, "400 neither a port nor host:port:", address)
 	number := strings.TrimRight(*size, "KMGT")
-	shift := 10 * strings.Index(" KMGT", (*size)[len(number):])
+	shift := 10 * slices.Index([]string{"", "K", "M", "G", "T"}, (*size)[len(number):])
 	n, ok = digits(number)
 	must(ok && shift >= 0 && n<<shift>>shift == n, "400 -size is no number of bytes:", *size)
 	must(*uses > 0, "400 -uses must be at least 1")
@@ -148,9 +151,9 @@ func configure() (address string) {
 	must(*auth == "" || strings.Contains(*auth, ":"), "400 -auth must be user:password")
 	*auth = base64.StdEncoding.EncodeToString([]byte(*auth)) // as Basic has it
 	for _, entry := range strings.FieldsFunc(*block, separates) {
-		ip, err := netip.ParseAddr(strings.Trim(entry, "[]"))
-		cidr := choose(err == nil, fmt.Sprintf("%v/%d", ip.Unmap(), ip.Unmap().BitLen()), entry)
-		if n, err := netip.ParsePrefix(cidr); err == nil {
+		if ip, err := netip.ParseAddr(strings.Trim(entry, "[]")); err == nil {
+			nets = append(nets, netip.PrefixFrom(ip.Unmap().WithZone(""), ip.Unmap().BitLen()))
+		} else if n, err := netip.ParsePrefix(entry); err == nil {
 			bits := choose(n.Addr().Is4In6(), max(0, n.Bits()-96), n.Bits())
 			nets = append(nets, netip.PrefixFrom(n.Addr().Unmap(), bits))
 		} else {
@@ -171,19 +174,19 @@ func client(c *Conn) {
 			return // e.g., it has been closed
 		}
 		active.Add(1)
-		x := &exchange{c: c, req: cmp.Or(req, &Head{}), start: now(), code: "NONE", peer: "HIER_NONE/-"}
-		c.written = 0
+		req = cmp.Or(req, &Head{})
+		x := &exchange{c: c, req: req, res: req, start: now(), code: "NONE", peer: "HIER_NONE/-"}
 		e := x.try(func() *Answer { fail(err); return x.answer() })
-		if e != nil && x.send(e) != nil {
+		if e != nil && attempt(func() { fail(x.send(e)) }) != nil {
 			x.code, x.keep, reset = x.code+"_ABORTED", false, x.req.old()
 		}
 		x.log()
 		keep = x.keep
 	}
-	if reset { // nothing else shows in HTTP/1.0 that an answer is cut
-		c.Conn.(*net.TCPConn).SetLinger(0)
+	if reset { // as send has it
 		return
 	}
+	c.Conn.(*net.TCPConn).SetLinger(-1)
 	// Closed at once, with bytes unread, it would be reset, and the answer lost (RFC 9112 §9.6).
 	c.Conn.(*net.TCPConn).CloseWrite()
 	c.SetDeadline(time.Now().Add(2 * time.Second))
@@ -226,7 +229,7 @@ var reasons = map[int]string{200: "OK", 206: "Partial Content", 304: "Not Modifi
 // page is an answer made here.
 func page(status int, kind, text string) *Answer {
 	line := [3]string{"HTTP/1.1", strconv.Itoa(status), reasons[status]}
-	h := &Head{line, status, []Field{{"Content-Type", kind}}}
+	h := &Head{line, status, []Field{{"Content-Type", kind}, {"Date", now().UTC().Format(dateFormat)}}}
 	return &Answer{Entry: &Entry{Head: h, memory: []byte(text), size: int64(len(text)), err: io.EOF}}
 }
 
@@ -320,9 +323,7 @@ func (x *exchange) aim(url string) {
 }
 
 // host is the origin as Host and the cache have it.
-func (x *exchange) host() string   { return strings.TrimSuffix(x.address, ":80") }
-func portOf(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
-func hostOf(address string) string { host, _, _ := net.SplitHostPort(address); return host }
+func (x *exchange) host() string { return strings.TrimSuffix(x.address, ":80") }
 
 // control refuses a blocked origin: before it is asked, and, as the Dialer's, by the IP that is dialed.
 func control(_, address string, _ syscall.RawConn) error {
@@ -364,7 +365,7 @@ func (x *exchange) local(us string) *Answer {
 		return page(200, "text/plain", "")
 	case name == "/" && get:
 		return page(200, "text/html; charset=utf-8", status())
-	case name == "/proxy.pac" && get:
+	case name == "/proxy.pac":
 		const pac = "function FindProxyForURL(url, host) { return \"PROXY %s\"; }\n"
 		return page(200, "application/x-ns-proxy-autoconfig", fmt.Sprintf(pac, us))
 	case get:
@@ -374,6 +375,7 @@ func (x *exchange) local(us string) *Answer {
 	}
 	must(attempt(func() { x.aim(x.path[1:]) }) == nil, "404 neither a file nor a host:", x.path)
 	fail(control("", x.address, nil))
+	x.req.Del("Cookie") // it is of what else runs on this machine, as a browser's cookies know no ports
 	return nil
 }
 
@@ -411,7 +413,7 @@ func (x *exchange) cached() *Answer {
 		if e != nil {
 			why, meanwhile = e.judge(x.req, x.start.Unix())
 		}
-		if meanwhile && !x.behind {
+		if meanwhile && !x.behind && e.storable(x.req) {
 			go x.refresh()
 			why = ""
 		}
@@ -425,12 +427,12 @@ func (x *exchange) cached() *Answer {
 		if x.req.Line[0] == "HEAD" || x.req.is("only-if-cached") || e == nil && !cache.due(x.url) {
 			return x.fetch(e, nil, why)
 		}
-		d, again := cache.claim(key, changes, !x.behind)
-		if !again {
+		d, again := cache.claim(key, changes, !x.behind && !x.req.is("no-cache"))
+		if d != nil || !again && !x.behind {
 			return x.fetch(e, d, why)
 		}
 		e.Close()
-		must(!x.behind, "504 another refreshes it")
+		must(again, "504 another refreshes it")
 		x.why = "proxy; fwd=" + why + "; collapsed"
 	}
 }
@@ -512,8 +514,8 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	e.Head, e.source, e.size = res, body{c}, max(c.kind, -1)
 	if validates && status == 304 {
 		e.source.Close()
-		had, has := strings.TrimPrefix(stored.Get("ETag"), "W/"), res.Get("ETag")
-		if had != "" && had != has && strings.HasPrefix(has, `"`) { // it is of another (RFC 9111 §4.3.4)
+		had, has := strings.TrimPrefix(stored.Get("ETag"), "W/"), strings.TrimPrefix(res.Get("ETag"), "W/")
+		if had != "" && has != "" && had != has { // it is of another (RFC 9111 §4.3.4)
 			return x.fetch(nil, d, why)
 		}
 		x.code = "TCP_REFRESH_UNMODIFIED"
@@ -521,8 +523,9 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	}
 	cache.store(e, stored, x.url, x.req, asked, x.person)
 	x.why += choose(e.passing(), "", "; stored")
-	if e.passing() && d != nil && stored != nil && status == 200 {
-		cache.invalidate(d.key) // what is stored has been replaced
+	replaced := validates && status == 304 && !e.storable(&Head{}) || slices.Contains(heuristic, status)
+	if replaced && e.passing() && d != nil && stored != nil {
+		cache.invalidate(d.key)
 	}
 	return e
 }
@@ -551,8 +554,7 @@ func (x *exchange) reached(err error) {
 		panic(cut)
 	}
 	must(!strings.HasPrefix(string(told), "403"), string(told))
-	unknown := errors.As(err, &dns) && dns.IsNotFound
-	must(!x.direct || !unknown, "404 neither a file nor a host:", x.address)
+	must(!x.direct || !errors.As(err, &dns) || !dns.IsNotFound, "404 neither a file nor a host:", x.address)
 	late := strings.HasPrefix(string(told), "408") || os.IsTimeout(err)
 	panic(Error(choose(late, "504 ", "502 ") + x.address + ": " + err.Error()))
 }
@@ -565,9 +567,10 @@ func (x *exchange) selected(e *Answer) (h *Head, off, n int64) {
 	if !e.passing() && (e.Status == 200 || e.Status == 206) {
 		status, off, n = e.part(x.req)
 	}
-	if e.Get("Set-Cookie") != "" && e.req != nil && e.own == nil && e.req.Get("From") != x.person() {
+	if x.direct || e.req != nil && e.own == nil && e.Get("Set-Cookie") != "" &&
+		e.req.Get("From") != x.person() {
 		h = h.Clone()
-		h.Del("Set-Cookie", "Set-Cookie2")
+		h.Del("Set-Cookie", "Set-Cookie2", "Clear-Site-Data")
 	}
 	switch {
 	case status == 0, status == e.Status && n == e.size:
@@ -605,7 +608,9 @@ func (x *exchange) send(e *Answer) (err error) {
 		"Age", choose(e.req == nil || e.passing(), "", age), "Via", choose(x.why != "", via(h), ""),
 		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")),
 		"Content-Security-Policy", choose(x.direct && x.why != "", sandbox, ""))
-	x.res = h
+	if x.res = h; old && n < 0 && !silent { // should the program end now, the end must not look like its
+		x.c.Conn.(*net.TCPConn).SetLinger(0)
+	}
 	if n = choose(none || head, 0, n); e.file == nil && !e.passing() {
 		_, err = x.c.Write(e.memory[off : off+n])
 		return err
@@ -653,9 +658,7 @@ func (x *exchange) log() {
 	if x.direct && x.path == "/" { // to look at the page is not to be seen on it
 		return
 	}
-	if len(line) > 4<<10 {
-		line = line[:4<<10] + " - -" // to have all fields that the page shows
-	}
+	line = line[:min(len(line), 4<<10)] + " - -" // cut, too, it has all fields that the page shows
 	journal.latest = append(journal.latest[max(0, len(journal.latest)-999):], line)
 	journal.requests++
 	if journal.bytes += x.c.written; strings.Contains(x.code, "HIT") {
@@ -706,16 +709,13 @@ func status() string {
 
 // bars draws what there is most of.
 func bars(counts map[string]int) (rows string) {
-	most := func(a, b string) int { return cmp.Compare(counts[b], counts[a]) }
-	names := slices.SortedFunc(maps.Keys(counts), most)
+	names := slices.SortedFunc(maps.Keys(counts), func(a, b string) int { return counts[b] - counts[a] })
 	for _, name := range names[:min(10, len(names))] {
 		width := counts[name] * 100 / counts[names[0]]
 		rows += fmt.Sprintf("<tr><td>%s<td>%d<td><i style=\"width:%d%%\"></i>", name, counts[name], width)
 	}
 	return rows
 }
-
-func separates(c rune) bool { return c <= ' ' || c == ',' }
 
 // printable escapes what could be taken for another field or line of the log.
 func printable(s string) string {

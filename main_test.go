@@ -667,6 +667,20 @@ func TestStopLetsExchangesFinish(t *testing.T) {
 		match(t, "totals", p.errs.String(), `.*\nproxy: 1 request[^\n]*\n`)
 		match(t, "log", p.out.String(), `[^\n]*TCP_MISS/200[^\n]*\n`)
 	}
+	p := start(t)
+	o := listen(t, "127.0.0.1:0", func(c net.Conn, r *bufio.Reader) {
+		head(r)
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+		r.ReadByte()
+	})
+	w := p.dial()
+	w.say("GET http://" + o.host + "/ HTTP/1.0\r\n\r\n")
+	head(w.r)
+	w.r.Discard(5)
+	p.end(syscall.SIGKILL)
+	if _, err := w.r.ReadByte(); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("a client of HTTP/1.0 sees no cut where the proxy was killed, but %v", err)
+	}
 }
 
 var logLine = regexp.MustCompile(
@@ -813,6 +827,7 @@ func TestAuth(t *testing.T) {
 		{"GET /secret HTTP/1.1", "", 401},
 		{"GET /ORIGIN/ HTTP/1.1", "", 401},
 		{"GET /proxy.pac HTTP/1.1", "", 200},
+		{"POST /proxy.pac HTTP/1.1", "", 200}, // and not the like of http://proxy.pac/
 		{"GET / HTTP/1.1", Own + right, 200},
 		{"GET /ORIGIN/a HTTP/1.1", Own + right, 200},
 		{"GET http://ORIGIN/ HTTP/1.1", Proxy + right, 200},
@@ -987,6 +1002,17 @@ func TestDirectRequests(t *testing.T) {
 	eq(t, "HEAD", a.Get("Content-Length")+a.Get("Content-Type"), "15text/html; charset=utf-8")
 	a = w.answerTo("GET /proxy.pac HTTP/1.0\r\nHost: " + p.addr + "\r\n\r\n")
 	eq(t, "type", a.Get("Content-Type"), "application/x-ns-proxy-autoconfig")
+
+	evil := script(t, "HTTP/1.1 200 OK\r\nSet-Cookie: session=2\r\nClear-Site-Data: \"cookies\"\r\n"+
+		"Cache-Control: max-age=60\r\nContent-Length: 4\r\n\r\nevil")
+	for _, method := range []string{"GET", "GET", "POST"} {
+		a = p.dial().answerTo(method + " /" + evil.host + "/ HTTP/1.1\r\nHost: " + p.addr +
+			"\r\nCookie: session=1\r\nUser-Agent: x\r\nContent-Length: 0\r\n\r\n")
+		got := fmt.Sprint(a.body, a.Header["Set-Cookie"], a.Header["Clear-Site-Data"])
+		eq(t, method+": nor does it touch the cookies of what else runs here", got, "evil[] []")
+	}
+	eq(t, "nor get them", strings.Contains(evil.got.String(), "session"), false)
+	eq(t, "as others do", p.get("http://"+evil.host+"/other", "").Get("Set-Cookie"), "session=2")
 }
 
 func TestStatusPage(t *testing.T) {
@@ -1423,6 +1449,8 @@ func TestCutAnswersAreCut(t *testing.T) {
 	p := start(t)
 	for name, test := range map[string]string{
 		"a length":          "Content-Length: 100\r\n\r\nhello",
+		"all of it":         "Content-Length: 100\r\n\r\n",
+		"all chunks":        "Transfer-Encoding: chunked\r\n\r\n",
 		"in a chunk":        "Transfer-Encoding: chunked\r\n\r\n9\r\nhello",
 		"between chunks":    "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
 		"in the last chunk": "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n",
@@ -1440,7 +1468,7 @@ func TestCutAnswersAreCut(t *testing.T) {
 			if a := w.answer("GET"); a.err == nil {
 				t.Errorf("%s, %s: a client of HTTP/1.0 sees no cut in %q", name, caching, a.body)
 			}
-			for i := range 2 {
+			for i := range 9 {
 				w := p.dial()
 				a := w.answerTo(request("http://"+o.host+"/", ""))
 				if a.err == nil || a.status != 200 || !strings.HasPrefix("hello", a.body) {
@@ -1621,6 +1649,15 @@ func TestInterimAnswersPass(t *testing.T) {
 	a = w.answerTo(text)
 	eq(t, "stored", fmt.Sprint(a.body, strings.Count(o.got.String(), "GET ")), "final1")
 	match(t, "HTTP/1.0 knows none", p.say("GET http://"+o.host+"/0 HTTP/1.0\r\n\r\n"), `HTTP/1.1 200 .*final`)
+	endless := listen(t, "127.0.0.1:0", func(c net.Conn, r *bufio.Reader) {
+		for head(r); ; {
+			if _, err := io.WriteString(c, "HTTP/1.1 103 Early Hints\r\n\r\n"); err != nil {
+				return
+			}
+		}
+	})
+	all := p.say(request("http://"+endless.host+"/", ""))
+	match(t, "they end", all, `(HTTP/1.1 103 .*){100}HTTP/1.1 502 .*`)
 }
 
 func TestExpectContinue(t *testing.T) {
@@ -2093,6 +2130,27 @@ func TestDamagedEntriesAreMisses(t *testing.T) {
 	os.RemoveAll(p.cache)
 	p.move(2)
 	check("without a directory")
+
+	o.set("/growing", reply{do: func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Control", "max-age=60")
+		w.(http.Flusher).Flush()
+		io.WriteString(w, strings.Repeat("x", 50<<20))
+	}})
+	res, err := p.begin(o.url("/growing"), "", 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	os.Truncate(p.entry(o.url("/growing")), 1000)
+	if a := whole(res); a.err == nil {
+		t.Errorf("one who reads a file that is cut has %d bytes, and sees nothing", len(a.body))
+	}
+	o.put("/future", `Cache-Control: no-cache | ETag: "1"`, "body")
+	p.get(o.url("/future"), "")
+	p.entry(o.url("/future"))
+	p.move(-5000)
+	o.p = p.restart(syscall.SIGTERM)
+	came, _ := o.outcome("/future", "")
+	eq(t, "what the clock has been set back behind", came, "miss")
 }
 
 func TestKilledAtAnyMomentNothingIsBroken(t *testing.T) {
@@ -2411,6 +2469,14 @@ func TestVary(t *testing.T) {
 		p.get(o.url("/empty"), fields)
 	}
 	eq(t, "an empty field is not none: requests", o.count("/empty"), 2)
+	o.put("/again", "Vary: "+strings.Repeat("Cookie,", 8000)+" | Cache-Control: max-age=60", "body")
+	began := time.Now()
+	for range 2 {
+		eq(t, "named often", p.get(o.url("/again"), "Cookie: "+strings.Repeat(",", 50_000)).body, "body")
+	}
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("it took %v to select by what is named often", took)
+	}
 }
 
 const changed, later = "Mon, 02 Jan 2006 15:04:05 GMT", "Tue, 03 Jan 2006 15:04:05 GMT"
@@ -2451,18 +2517,20 @@ func TestRevalidationUpdatesFields(t *testing.T) {
 	came, _ = o.outcome("/date", "")
 	eq(t, "the date as it came", came+o.request("/date").Header.Get("If-Modified-Since"),
 		"304Sunday, 06-Nov-94 08:49:37 GMT")
+	var other string
 	o.set("/other", reply{do: func(w http.ResponseWriter, r *http.Request) {
-		tag := choose(r.Header.Get("If-None-Match") == "", `"1"`, `"2"`) // it answers for another page
+		tag := choose(r.Header.Get("If-None-Match") == "", `"1"`, other) // it answers for another page
 		w.Header().Set("Date", p.at("@0"))
 		w.Header().Set("ETag", tag)
 		w.Header().Set("Cache-Control", "max-age=60")
-		if tag == `"2"` {
+		if tag == other {
 			w.WriteHeader(304)
 			return
 		}
 		fmt.Fprint(w, o.count("/other"))
 	}})
-	for i, want := range []string{`1"1"`, `3"1"`} {
+	for i, want := range []string{`1"1"`, `3"1"`, `5"1"`} {
+		other = choose(i == 1, `"2"`, `W/"2"`)
 		a = p.get(o.url("/other"), "")
 		eq(t, "a 304 of another", fmt.Sprint(a.status, a.body, a.Get("ETag")), "200"+want)
 		eq(t, "requests", o.count("/other"), 1+2*i)
@@ -2481,6 +2549,25 @@ func TestRevalidationUpdatesFields(t *testing.T) {
 	o.put("/gone", "Cache-Control: no-store", "new")
 	for _, fields := range []string{"Cache-Control: no-cache", ""} {
 		eq(t, "what is stored no more", p.get(o.url("/gone"), fields).body, "new")
+	}
+	for i, fields := range []string{"private", "no-store", "max-age=60 | Vary: *"} {
+		path := fmt.Sprint("/now", i)
+		o.put(path, `ETag: "1" | Cache-Control: max-age=600`, "body")
+		p.get(o.url(path), "")
+		o.put(path, `ETag: "1" | Cache-Control: `+fields, "body")
+		came, _ = o.outcome(path, "Cache-Control: no-cache, no-store")
+		eq(t, "a 304 that says "+fields, came, "304")
+		came, _ = o.outcome(path, "")
+		eq(t, "is heard", came, "miss")
+	}
+	o.put("/still", `ETag: "1" | Cache-Control: max-age=600`, "body")
+	p.get(o.url("/still"), "")
+	p.get(o.url("/still"), "Cache-Control: no-cache, no-store")
+	came, _ = o.outcome("/still", "")
+	eq(t, "a 304 for one who has nothing stored", came, "hit")
+	o.set("/still", reply{404, "", "no more", nil})
+	for _, fields := range []string{"Cache-Control: no-cache", ""} {
+		eq(t, "a page removed", p.get(o.url("/still"), fields).body, "no more")
 	}
 	p.move(63)
 	o.put("/date", "Last-Modified: @-10 | Cache-Control: max-age=60", "new")
@@ -2782,6 +2869,21 @@ func TestStaleWhileRevalidate(t *testing.T) {
 	if n := o.count("/") - before; n < 1 || n > 4 { // one that comes late asks anew, a herd would be 10
 		t.Errorf("%d requests, if what comes is not stored", n)
 	}
+
+	o.put("/mine", swr, "old")
+	p.get(o.url("/mine"), "")
+	o.set("/part", reply{206, "Content-Range: bytes 4-8/10 | " + swr, "45678", nil})
+	p.get(o.url("/part"), "Range: bytes=4-8")
+	p.move(63)
+	for _, fields := range []string{"Cache-Control: no-store", "Authorization: Basic eA=="} {
+		before = o.count("/mine")
+		p.get(o.url("/mine"), fields)
+		time.Sleep(20 * time.Millisecond)
+		eq(t, "requests for one whose answer is not to be stored", o.count("/mine"), before+1)
+	}
+	eq(t, "a part", p.get(o.url("/part"), "Range: bytes=4-8").status, 206)
+	time.Sleep(20 * time.Millisecond)
+	eq(t, "is not refreshed by the whole", o.request("/part").Header.Get("Range"), "bytes=4-8")
 }
 
 func TestAgeAndCacheStatus(t *testing.T) {
@@ -2885,6 +2987,19 @@ func TestSizeIsKept(t *testing.T) {
 		want := fmt.Sprintf(`The cache has %d files, 0\.[6-9] of 1\.0 MB`, len(list(p.cache))-1)
 		return regexp.MustCompile(want).MatchString(a.body)
 	})
+}
+
+// A name that is cut may have lost the first slash.
+func TestSizeCountsLongNames(t *testing.T) {
+	t.Parallel()
+	c := Cache{dir: t.TempDir(), limit: 5000}
+	for i := range 10 {
+		url := strings.Repeat("_", 45) + ".example/" + fmt.Sprint(i)
+		text := "GET http://" + url + " HTTP/1.1\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"
+		os.WriteFile(c.path(url), []byte(text+bytesOf(1000)), 0o600)
+	}
+	c.trim()
+	eq(t, "files, and as it counts", fmt.Sprint(len(list(c.dir)), c.files), "4 4")
 }
 
 func TestSizeKeepsTheRecentlyUsed(t *testing.T) {
@@ -3238,6 +3353,22 @@ func TestOthersDoNotWaitForWhatIsNotForThem(t *testing.T) {
 	w.say(request(url+"/vary", "A: 2\r\nB: 1\r\n"))
 	head(w.r)
 	eq(t, "beside another variant", p.get(url+"/vary", "A: 2 | B: 2").body, "quick")
+
+	var n atomic.Int64
+	hung := listen(t, "127.0.0.1:0", func(c net.Conn, r *bufio.Reader) {
+		if head(r); n.Add(1) == 1 {
+			<-rest
+		}
+		io.WriteString(c, send("200 OK\r\nContent-Length: 5", "quick"))
+	})
+	w = p.dial()
+	w.say(request("http://"+hung.host+"/", ""))
+	eventually(t, "hung", func() bool { return n.Load() == 1 })
+	began := time.Now()
+	eq(t, "a reload", p.get("http://"+hung.host+"/", "Cache-Control: no-cache").body, "quick")
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("a reload waited %v for what it may not have", took)
+	}
 }
 
 func TestFullDisk(t *testing.T) {
@@ -3472,6 +3603,47 @@ func TestWaits(t *testing.T) {
 	soaking(t)
 	p := start(t)
 	silent := listen(t, "127.0.0.1:0", func(c net.Conn, r *bufio.Reader) { time.Sleep(2 * time.Minute) })
+	t.Run("beside one who waits", func(t *testing.T) {
+		t.Parallel()
+		var n atomic.Int64
+		o := listen(t, "127.0.0.1:0", func(c net.Conn, r *bufio.Reader) {
+			if head(r); n.Add(1) == 1 {
+				time.Sleep(2 * patience)
+			}
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\n"+
+				"Content-Length: 5\r\n\r\nquick")
+		})
+		w := p.dial()
+		w.say(request("http://"+o.host+"/", ""))
+		eventually(t, "asked", func() bool { return n.Load() == 1 })
+		began := time.Now()
+		together(20, func(int) { eq(t, "others", p.get("http://"+o.host+"/", "").body, "quick") })
+		if took := time.Since(began); took < 4*time.Second || took > 8*time.Second {
+			t.Errorf("others got it after %v", took)
+		}
+	})
+	t.Run("nobody reads the log", func(t *testing.T) {
+		t.Parallel()
+		p := start(t)
+		cmd := command(t.TempDir(), "0")
+		unread, _ := cmd.StdoutPipe()
+		defer unread.Close()
+		var errs buffer
+		cmd.Stderr = &errs
+		cmd.Start()
+		eventually(t, "listening", func() bool { return strings.Contains(errs.String(), "listening") })
+		p.addr = regexp.MustCompile(`127\.0\.0\.1:\d+`).FindString(errs.String())
+		for range 100 {
+			w := p.dial()
+			w.say("GET /" + strings.Repeat("x", 9000) + " HTTP/1.1\r\nHost: " + p.addr + "\r\n\r\n")
+		}
+		time.Sleep(time.Second)
+		began := time.Now()
+		cmd.Process.Signal(syscall.SIGTERM)
+		if cmd.Wait(); time.Since(began) > 15*time.Second {
+			t.Errorf("it took %v to end", time.Since(began))
+		}
+	})
 	for name, test := range map[string]struct {
 		text, drip string
 		least      time.Duration

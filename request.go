@@ -77,7 +77,7 @@ func (c *Conn) line(strict bool, long string) (text string) {
 		part, err := c.in.ReadSlice('\n') // a full buffer is no error
 		c.room -= int64(len(part))
 		must(c.room >= 0, long)
-		fail(choose(err == bufio.ErrBufferFull, nil, noEOF(err)))
+		fail(choose(err == bufio.ErrBufferFull, nil, err))
 		text += string(part)
 	}
 	text, crlf := strings.CutSuffix(text[:len(text)-1], "\r")
@@ -176,8 +176,7 @@ func (h *Head) list(name string) (elements []string) {
 	}
 	return elements
 }
-func (h *Head) has(name, element string) bool { return oneOf(element, h.list(name)...) }
-func (h *Head) old() bool                     { return h.Line[choose(h.Status == 0, 2, 0)] == "HTTP/1.0" }
+func (h *Head) old() bool { return h.Line[choose(h.Status == 0, 2, 0)] == "HTTP/1.0" }
 func (h *Head) keepAlive() bool { // RFC 9112 §9.3
 	options := append(h.list("Connection"), h.list("Proxy-Connection")...)
 	return !oneOf("close", options...) && (!h.old() || oneOf("keep-alive", options...))
@@ -231,6 +230,9 @@ func authority(s string) string {
 	must(ok, "400 no host with or without a port:", s)
 	return strings.ToLower(host) + ":" + strconv.FormatUint(n, 10)
 }
+
+func portOf(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
+func hostOf(address string) string { host, _, _ := net.SplitHostPort(address); return host }
 
 // authority remembers the last: Host, the URL and the next request have the same, and one costs 0.5 µs.
 func (c *Conn) authority(s string) string {
@@ -307,7 +309,7 @@ func (c *Conn) next(answer bool) (h *Head, err error) {
 		c.renew.Store(endless) // no progress moves this one
 		defer c.renew.Store(0)
 	}
-	c.room = maxHead
+	c.room, c.written = maxHead, 0
 	err = attempt(func() { h = c.head(answer) })
 	return h, choose[error](os.IsTimeout(err), Error("408 the head has not come in 30 seconds"), err)
 }
@@ -469,9 +471,10 @@ func (c *Conn) ask(req *Head, client *Conn, tell func(*Head)) (res *Head, err er
 	if client.kind != 0 && unsent == nil { // the answer may come before its end (RFC 9112 §9.5)
 		client.upload = c.carry(client)
 	}
-	for err == nil && (res == nil || res.Status < 200) {
+	for n := 0; err == nil && (res == nil || res.Status < 200); n++ {
 		if res, err = c.next(true); err == nil {
 			err = attempt(func() { c.expect(res.framing(req.Line[0] == "HEAD")) })
+			err = choose[error](n > maxFields, Error("502 more than 256 interim answers"), err)
 			c.last, c.upload = unsent != nil || !res.keepAlive(), client.upload
 		}
 		if err == nil && res.Status < 200 {
@@ -490,19 +493,16 @@ func choose[T any](first bool, a, b T) T {
 	}
 	return b
 }
-func noEOF(err error) error { return choose(err == io.EOF, io.ErrUnexpectedEOF, err) }
 func same(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b) } // a Kelvin sign is no k
 func oneOf(s string, of ...string) bool {
 	return slices.ContainsFunc(of, func(t string) bool { return same(s, t) })
 }
 func lock(l sync.Locker) (unlock func()) { l.Lock(); return l.Unlock }
+func separates(c rune) bool              { return c <= ' ' || c == ',' }
 func isToken(s string) bool { // as methods and names of fields are (RFC 9110 §5.6.2)
-	for _, c := range []byte(s) {
-		if c <= ' ' || c > '~' || strings.IndexByte(`"(),/:;<=>?@[\]{}`, c) >= 0 {
-			return false
-		}
-	}
-	return s != ""
+	return s != "" && !strings.ContainsFunc(s, func(c rune) bool {
+		return c <= ' ' || c > '~' || strings.ContainsRune(`"(),/:;<=>?@[\]{}`, c)
+	})
 }
 func digits(s string) (int64, bool) { // one too large is the largest
 	n, err := strconv.ParseUint(s, 10, 63)
