@@ -181,7 +181,7 @@ func client(c *Conn) {
 			x.code, x.keep, reset = x.code+"_ABORTED", false, x.req.old()
 		}
 		x.log()
-		keep = x.keep
+		keep, c.written = x.keep, 0
 	}
 	if reset { // as send has it
 		return

@@ -309,7 +309,7 @@ func (c *Conn) next(answer bool) (h *Head, err error) {
 		c.renew.Store(endless) // no progress moves this one
 		defer c.renew.Store(0)
 	}
-	c.room, c.written = maxHead, 0
+	c.room = maxHead
 	err = attempt(func() { h = c.head(answer) })
 	return h, choose[error](os.IsTimeout(err), Error("408 the head has not come in 30 seconds"), err)
 }
