@@ -384,8 +384,9 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 	e.req = &Head{Line: [3]string{"GET", "http://" + url, "HTTP/1.1"}}
 	e.req.Fields = append([]Field{{"Date", asked.UTC().Format(dateFormat)}}, e.varied(req)...)
 	e.assess(c.ttl)
+	same := e.source == old && old.life <= 0 && old.strict == e.strict // to write it once more would not help
 	useful := e.life > 0 || e.seconds("stale-while-revalidate", 0) > 0
-	if !useful && e.Get("ETag")+e.Get("Last-Modified") == "" {
+	if !useful && (same || e.Get("ETag")+e.Get("Last-Modified") == "") {
 		return
 	}
 	generation := cmp.Or(cmp.Or(old, e).req.Get("Generation"), rand.Text()) // e has none yet
@@ -402,9 +403,8 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 	}
 	private := strings.Join(e.arguments("private", "no-cache"), ",") // names of fields
 	e.Del(append(strings.FieldsFunc(private, separates), "Content-Length")...)
-	head := e.text(e.req.text(nil), "Content-Length", fmt.Sprintf("%20d", e.size))
-	e.off = int64(len(head))
-	e.Write(head)
+	e.Write(e.text(e.req.text(nil), "Content-Length", fmt.Sprintf("%20d", e.size)))
+	e.off = e.end()
 	e.own.Del("Age")
 	e.Del("Age")
 	unlock := lock(c)

@@ -2536,6 +2536,17 @@ func TestRevalidationUpdatesFields(t *testing.T) {
 		eq(t, "requests", o.count("/other"), 1+2*i)
 		p.move(63)
 	}
+	for fields, want := range map[string]bool{"Cache-Control: no-cache": true, "Expires: 0": true,
+		"Cache-Control: max-age=1": false} {
+		o.put("/validated", `ETag: "1" | `+fields, body)
+		p.get(o.url("/validated"), "Cache-Control: no-cache")
+		before, _ := os.Stat(p.entry(o.url("/validated")))
+		p.move(3)
+		p.get(o.url("/validated"), "")
+		time.Sleep(20 * time.Millisecond)
+		after, _ := os.Stat(p.entry(o.url("/validated")))
+		eq(t, fields+": the file stays, as it would not be fresh", os.SameFile(before, after), want)
+	}
 	o.put("/cookie", `ETag: "1" | Set-Cookie: me=1 | Cache-Control: max-age=60`, "body")
 	p.get(o.url("/cookie"), "User-Agent: 1")
 	p.move(63)
@@ -3145,7 +3156,7 @@ func TestManyAtOnceAreOneRequest(t *testing.T) {
 		eq(t, test.name+": later", came, map[bool]string{true: "miss", false: "hit"}[test.cut])
 	}
 	o.set("/late", reply{do: func(w http.ResponseWriter, r *http.Request) {
-		time.Sleep(300 * time.Millisecond)
+		time.Sleep(time.Second) // in which all have come
 		p.move(5)
 		w.Header().Set("Cache-Control", "max-age=1")
 		io.WriteString(w, "late")
