@@ -1,7 +1,7 @@
 package main
 
 // The store and the rules of caching (RFC 9111). What is stored is one file, a transcript of the request
-// and the answer, under the URL's name: the file system is the index. Nothing here knows of sockets.
+// and the answer, under the URL's name: the file system is the index. Nothing here asks an origin.
 import (
 	"bufio"
 	"cmp"
@@ -48,7 +48,7 @@ type Entry struct {
 	born, life int64         // Unix seconds when its age was 0, seconds it is fresh
 	strict     bool          // it must not be used stale
 	first, all int64         // of a part (206): where it begins in the whole, and the size of that
-	source     io.ReadCloser // nil if it is here
+	source     io.ReadCloser // where the body comes from, nil for what was here before
 	key        string        // under which others find it
 	shared     bool          // once it is known that there is something for them
 	file       *os.File
@@ -66,7 +66,7 @@ type Entry struct {
 type Answer struct {
 	*Entry
 	own *Head
-	at  atomic.Int64 // which Write looks at
+	at  atomic.Int64 // offset in the body, at which Write looks, too
 }
 
 // A Cache is a directory of entries.
@@ -330,9 +330,9 @@ func (e *Entry) part(req *Head) (status int, off, n int64) {
 	return choose(e.Status == 206, 0, e.Status), 0, e.size
 }
 
-// claim returns an entry if nothing is on its way under a key: the caller has to lead, to ask the origin, and
-// then to call store or leave. Else one who waits does so until it is known what comes, and is told whether
-// that, or what has been stored since changes, may be for him, who has to look again.
+// claim makes the caller the one who asks the origin for a key, unless another does: e is his to give to
+// store, or to leave. Else, if he is to wait, he does until it is known what the other gets, or joinWait.
+// again tells that this, or what has been stored since changes, may answer him: he is to look once more.
 func (c *Cache) claim(key string, changes int64, wait bool) (e *Entry, again bool) {
 	defer lock(c)()
 	other := c.under[key]
@@ -384,12 +384,12 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 	e.req = &Head{Line: [3]string{"GET", "http://" + url, "HTTP/1.1"}}
 	e.req.Fields = append([]Field{{"Date", asked.UTC().Format(dateFormat)}}, e.varied(req)...)
 	e.assess(c.ttl)
-	same := e.source == old && old.life <= 0 && old.strict == e.strict // to write it once more would not help
+	same := e.source == old && old.life <= 0 && old.strict == e.strict // a 304 that does not help the next
 	useful := e.life > 0 || e.seconds("stale-while-revalidate", 0) > 0
 	if !useful && (same || e.Get("ETag")+e.Get("Last-Modified") == "") {
 		return
 	}
-	generation := cmp.Or(cmp.Or(old, e).req.Get("Generation"), rand.Text()) // e has none yet
+	generation := cmp.Or(cmp.Or(old, e).req.Get("Generation"), rand.Text()) // see lookup; e has none yet
 	e.req.Set("Generation", choose(e.Get("Vary") != "", generation, ""),
 		"From", choose(e.Get("Set-Cookie") != "", person(), ""))
 	os.MkdirAll(c.dir, 0o700)       // somebody may have removed it
@@ -429,9 +429,9 @@ func (c *Cache) tell(err error) {
 // run brings the body into the file, and the file to its place.
 func (e *Entry) run(c *Cache) {
 	_, err := io.Copy(io.Discard, io.TeeReader(e.source, e))
-	defer e.source.Close() // last: until err is set who leaves may close it, so none other must have it yet
+	defer e.source.Close() // last: until err is set who leaves may close it, which others must not have yet
 	if e.size < 0 {
-		e.file.WriteAt(fmt.Appendf(nil, "%20d", e.taken-e.off), e.off-24)
+		e.file.WriteAt(fmt.Appendf(nil, "%20d", e.taken-e.off), e.off-24) // its place, before two CR LF
 	}
 	unlock := lock(c)
 	whole := err == nil && c.under[e.key] == e
@@ -482,7 +482,7 @@ func (e *Entry) Write(p []byte) (n int, _ error) {
 	return len(p), nil
 }
 
-// leave makes that others do not find what is on its way, and so that it is not stored.
+// leave takes e from what others find on its way, so that it is not stored, and tells whether it was there.
 func (e *Entry) leave() (found bool) {
 	if found = cache.under[e.key] == e; found {
 		delete(cache.under, e.key)

@@ -45,14 +45,14 @@ var (
 	block = flag.String("block", "", "hosts, domains, addresses and CIDRs refused: a `list` or @file")
 	auth  = flag.String("auth", "", "`user:password` that clients must give, or @file")
 
-	cache   = Cache{under: map[string]*Entry{}, memory: map[string]*Entry{}, seen: map[string][]time.Time{}}
-	origins = Origins{Dialer: net.Dialer{Timeout: 10 * time.Second, Control: control}}
-	name    = "proxy-" + strings.ToLower(rand.Text()[:6]) // our pseudonym in Via
-	hosts   = map[string]bool{}                           // blocked, with all below them
-	nets    []netip.Prefix                                // blocked
-	active  atomic.Int64                                  // exchanges under way
-	closing context.Context
-	journal = struct { // the access log: where it goes, its latest lines, and what it counts
+	cache     = Cache{under: map[string]*Entry{}, memory: map[string]*Entry{}, seen: map[string][]time.Time{}}
+	origins   = Origins{Dialer: net.Dialer{Timeout: 10 * time.Second, Control: control}}
+	pseudonym = "proxy-" + strings.ToLower(rand.Text()[:6]) // in Via
+	domains   = map[string]bool{}                           // blocked, with all below them
+	networks  []netip.Prefix                                // blocked
+	active    atomic.Int64                                  // exchanges under way
+	closing   context.Context                               // done when a signal asks to stop
+	journal   = struct {                                    // the access log
 		sync.Mutex
 		out                          *bufio.Writer
 		latest                       []string
@@ -64,7 +64,7 @@ var (
 func main() {
 	log.SetFlags(0)
 	log.SetPrefix("proxy: ")
-	// Never touched it takes no memory, but the collector counts it and runs less often: a third more hits.
+	// It counts for the collector, which runs less often: a third more hits; untouched it takes no memory.
 	ballast := make([]byte, 12<<20)
 	defer runtime.KeepAlive(ballast)
 	address := ""
@@ -113,7 +113,7 @@ func totals() string {
 	return fmt.Sprintf("%d requests, %d hits, %d bytes", journal.requests, journal.hits, journal.bytes)
 }
 
-// configure reads the command line, and returns the address to listen on.
+// configure reads the command line, and returns the address to listen on. Its errors have no status.
 func configure() (address string) {
 	flag.CommandLine.Init("", flag.ContinueOnError)
 	flag.CommandLine.SetOutput(io.Discard)
@@ -152,13 +152,13 @@ func configure() (address string) {
 	*auth = base64.StdEncoding.EncodeToString([]byte(*auth)) // as Basic has it
 	for _, entry := range strings.FieldsFunc(*block, separates) {
 		if ip, err := netip.ParseAddr(strings.Trim(entry, "[]")); err == nil {
-			nets = append(nets, netip.PrefixFrom(ip.Unmap().WithZone(""), ip.Unmap().BitLen()))
+			networks = append(networks, netip.PrefixFrom(ip.Unmap().WithZone(""), ip.Unmap().BitLen()))
 		} else if n, err := netip.ParsePrefix(entry); err == nil {
 			bits := choose(n.Addr().Is4In6(), max(0, n.Bits()-96), n.Bits())
-			nets = append(nets, netip.PrefixFrom(n.Addr().Unmap(), bits))
+			networks = append(networks, netip.PrefixFrom(n.Addr().Unmap(), bits))
 		} else {
 			must(!strings.Contains(entry, ":"), "400 -block has what is no host or CIDR:", entry)
-			hosts[hostOf(authority(strings.Trim(entry, ".")))] = true
+			domains[hostOf(authority(strings.Trim(entry, ".")))] = true
 		}
 	}
 	return address
@@ -193,14 +193,14 @@ func client(c *Conn) {
 	io.Copy(io.Discard, io.LimitReader(c.Conn, 1<<20))
 }
 
-// An exchange is a request and its answer. It asks address, host:port, for path; url, host and path, is
-// the key in the cache. The outcome is code and peer in the words of Squid's log, why in Cache-Status's.
+// An exchange is a request and its answer. address (host:port) is asked for path; url (host and path) is
+// the key in the cache. code and peer are the outcome in the words of Squid's log, why in Cache-Status's.
 type exchange struct {
 	c                                   *Conn
 	req, res                            *Head // as they came, and went
 	start                               time.Time
 	address, path, url, code, peer, why string
-	direct, keep, behind                bool // asked as a server; connection is kept; nobody waits
+	direct, keep, behind                bool // asked as a server; connection is kept; a refresh for no client
 }
 
 // try makes an answer of what fails.
@@ -242,12 +242,12 @@ func page(status int, kind, text string) *Answer {
 //  6. else the origin does
 func (x *exchange) answer() *Answer {
 	req, method := x.req, x.req.Line[0]
-	us := x.route() // 1
-	x.admit()       // 2
+	named := x.route() // 1
+	x.admit()          // 2
 	if method == "CONNECT" {
 		return x.tunnel() // 3
 	}
-	again := func(via string) bool { return strings.HasSuffix(via, " "+name) }
+	again := func(via string) bool { return strings.HasSuffix(via, " "+pseudonym) }
 	must(!slices.ContainsFunc(req.list("Via"), again), "508 this request has been here before")
 	expect := req.Get("Expect")
 	must(expect == "" || same(expect, "100-continue"), "417 no support of", expect)
@@ -266,7 +266,7 @@ func (x *exchange) answer() *Answer {
 		}
 	}
 	if req.endToEnd(); x.direct {
-		if e := x.local(us); e != nil {
+		if e := x.local(named); e != nil {
 			return e // 4
 		}
 	}
@@ -280,12 +280,12 @@ func (x *exchange) answer() *Answer {
 
 // route reads the request target, in its four forms, and Host (RFC 9112 §3.2), and returns Host. keep is
 // set last: after a failure nobody knows where the next request begins, after a CONNECT there is none.
-func (x *exchange) route() (us string) {
-	method, target, named := x.req.Line[0], x.req.Line[1], x.req.list("Host")
+func (x *exchange) route() (named string) {
+	method, target, hosts := x.req.Line[0], x.req.Line[1], x.req.list("Host")
 	kind := x.req.framing(false)
-	one := len(named) == 1 && named[0] != "" || len(named) == 0 && x.req.old()
-	must(one, "400 Host must name one host, not", strings.Join(named, ", "))
-	us = x.c.authority(cmp.Or(strings.Join(named, ""), "localhost"))
+	one := len(hosts) == 1 && hosts[0] != "" || len(hosts) == 0 && x.req.old()
+	must(one, "400 Host must name one host, not", strings.Join(hosts, ", "))
+	named = x.c.authority(cmp.Or(strings.Join(hosts, ""), "localhost"))
 	x.direct = target[0] == '/' || target == "*" && method == "OPTIONS"
 	if x.path = target; method == "CONNECT" {
 		x.address = authority(target)
@@ -297,7 +297,7 @@ func (x *exchange) route() (us string) {
 	}
 	x.c.expect(kind)
 	x.keep = x.req.keepAlive() && method != "CONNECT"
-	return us
+	return named
 }
 
 // admit decides who may ask, and for what.
@@ -334,12 +334,12 @@ func control(_, address string, _ syscall.RawConn) error {
 // hit dials nobody. The unspecified address (0.0.0.0) would lead to this machine.
 func blocked(host string) bool {
 	host = strings.TrimRight(host, ".")
-	for name := host; name != "" && len(hosts) > 0; _, name, _ = strings.Cut(name, ".") {
-		if hosts[name] {
+	for name := host; name != "" && len(domains) > 0; _, name, _ = strings.Cut(name, ".") {
+		if domains[name] {
 			return true
 		}
 	}
-	if len(nets) == 0 {
+	if len(networks) == 0 {
 		return false
 	}
 	ips, _ := net.LookupHost(host) // an address is its own
@@ -347,18 +347,18 @@ func blocked(host string) bool {
 		ip, _ := netip.ParseAddr(text)
 		ip = ip.Unmap().WithZone("")
 		within := func(n netip.Prefix) bool { return n.Contains(ip) }
-		return ip.IsUnspecified() || slices.ContainsFunc(nets, within)
+		return ip.IsUnspecified() || slices.ContainsFunc(networks, within)
 	})
 }
 
 // local answers a request to the proxy itself, or turns it into one to the origin that its path begins
 // with. Only if Host names us: else a page elsewhere could read what is meant for this machine, by a name
 // of its own that leads here (DNS rebinding).
-func (x *exchange) local(us string) *Answer {
-	ip, _ := netip.ParseAddr(hostOf(us))
+func (x *exchange) local(named string) *Answer {
+	ip, _ := netip.ParseAddr(hostOf(named))
 	here := x.c.LocalAddr().String()
-	named := hostOf(us) == "localhost" || ip.IsLoopback() || hostOf(us) == hostOf(here)
-	must(named && portOf(us) == portOf(here), "403 another name than this proxy's:", us)
+	ours := hostOf(named) == "localhost" || ip.IsLoopback() || hostOf(named) == hostOf(here)
+	must(ours && portOf(named) == portOf(here), "403 another name than this proxy's:", named)
 	name, _, _ := strings.Cut(x.path, "?")
 	switch get := oneOf(x.req.Line[0], "GET", "HEAD"); {
 	case name == "*":
@@ -367,7 +367,7 @@ func (x *exchange) local(us string) *Answer {
 		return page(200, "text/html; charset=utf-8", status())
 	case name == "/proxy.pac":
 		const pac = "function FindProxyForURL(url, host) { return \"PROXY %s\"; }\n"
-		return page(200, "application/x-ns-proxy-autoconfig", fmt.Sprintf(pac, us))
+		return page(200, "application/x-ns-proxy-autoconfig", fmt.Sprintf(pac, named))
 	case get:
 		if e := x.file(name[1:]); e != nil {
 			return e
@@ -404,8 +404,8 @@ func (x *exchange) file(name string) *Answer {
 	return e
 }
 
-// cached answers from the store where it may (RFC 9111 §4), or from what is on its way there; else it
-// asks. Where it is no client that asks, but we behind its back, what is stale is never good enough.
+// cached answers from the store where it may (RFC 9111 §4), or from a download under way; else it asks. A
+// refresh behind a client's back must not be content with the stale answer that it is to replace.
 func (x *exchange) cached() *Answer {
 	for {
 		e, key, changes := cache.lookup(x.url, x.req)
@@ -447,8 +447,8 @@ func (x *exchange) refresh() {
 	e.Close()
 }
 
-// outgoing is the request as the origin gets it; validates tells that it asks whether what is stored is
-// still good, in the place of what the client has (RFC 9111 §4.3.1).
+// outgoing is the request for the origin. validates tells that it asks whether the stored answer is still
+// good, in the place of the client's own condition (RFC 9111 §4.3.1).
 func (x *exchange) outgoing(stored *Answer) (h *Head, validates bool) {
 	h = x.req.Clone()
 	h.Line = [3]string{x.req.Line[0], x.path, "HTTP/1.1"}
@@ -464,8 +464,8 @@ func (x *exchange) outgoing(stored *Answer) (h *Head, validates bool) {
 	return h, validates
 }
 
-// fetch asks the origin. With d the answer is stored if it may be. What is stored is validated, and
-// stands in where the origin fails.
+// fetch asks the origin. The answer goes into d, the entry that has been claimed for it, if there is one
+// and it may. What is stored, if anything, is validated, and stands in where the origin fails.
 func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	defer func() {
 		if e == nil || e != stored && e.source != stored { // it is not used any more
@@ -531,7 +531,7 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 }
 
 // via is what RFC 9110 §7.6.3 has us say of a message.
-func via(h *Head) string { return choose(h.old(), "1.0 ", "1.1 ") + name }
+func via(h *Head) string { return choose(h.old(), "1.0 ", "1.1 ") + pseudonym }
 
 // person tells one from another, as a cookie goes from the cache only to whom it was set. Nobody who
 // sends no User-Agent can be known again.
@@ -550,7 +550,7 @@ func (x *exchange) reached(err error) {
 	}
 	told, dns := Error("502"), (*net.DNSError)(nil)
 	errors.As(err, &told)
-	if cut, broken := x.c.upload.failed().(Error); broken { // by what the client sends, or does not
+	if cut, broken := x.c.upload.unfinished().(Error); broken { // by what the client sends, or does not
 		panic(cut)
 	}
 	must(!strings.HasPrefix(string(told), "403"), string(told))
@@ -597,9 +597,9 @@ func (x *exchange) send(e *Answer) (err error) {
 	defer e.Close()
 	h, off, n := x.selected(e)
 	e.at.Store(off)
-	x.keep = x.keep && x.c.upload.failed() == nil // before its body is looked at
+	x.keep = x.keep && x.c.upload.unfinished() == nil // first, as it may read the body still
 	none, head, old := h.Status == 204 || h.Status == 304, x.req.Line[0] == "HEAD", x.req.old()
-	silent := none || head && (n < 0 || e.passing()) // of a length, but for what the origin said
+	silent := none || head && (n < 0 || e.passing()) // of a length: HEAD repeats the origin's
 	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.whole() && closing.Err() == nil
 	length := choose(!silent && n >= 0, strconv.FormatInt(n, 10), "")
 	age := strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10)
@@ -615,7 +615,7 @@ func (x *exchange) send(e *Answer) (err error) {
 		_, err = x.c.Write(e.memory[off : off+n])
 		return err
 	} else if !ready(body) {
-		x.c.Write(nil) // else with what follows
+		x.c.Write(nil) // the head does not wait for the body
 	}
 	copied, err := x.c.send(io.LimitReader(body, choose(n < 0, endless, n)), chunks && !head)
 	return choose(err == nil && copied < n, io.ErrUnexpectedEOF, err)
@@ -628,7 +628,7 @@ func (x *exchange) tunnel() *Answer {
 	x.reached(err)
 	o := newConn(nc, x.address)
 	defer o.Close()
-	ip, _ := netip.ParseAddr(o.peer) // who comes back from here would be taken for this machine
+	ip, _ := netip.ParseAddr(o.peer) // back through it one would be 127.0.0.1, who may see files
 	here := ip.IsLoopback() && portOf(x.address) == portOf(x.c.LocalAddr().String())
 	must(!here, "508 a tunnel to this proxy itself:", x.address)
 	x.code, x.peer, x.res = "TCP_TUNNEL", "HIER_DIRECT/"+o.peer, &Head{Status: 200}

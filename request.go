@@ -70,8 +70,8 @@ type Head struct {
 }
 type Field struct{ Name, Value string }
 
-// line reads a line. What another program could take for the end of one does not pass: that is how
-// requests are smuggled and answers split (RFC 9112 §2.2, §11); nor, where it is strict, a bare LF.
+// line reads a line. Control characters are refused, and a bare LF where it is strict, as another program
+// may see an end there: that is how requests are smuggled and answers split (RFC 9112 §2.2, §11).
 func (c *Conn) line(strict bool, long string) (text string) {
 	for !strings.HasSuffix(text, "\n") {
 		part, err := c.in.ReadSlice('\n') // a full buffer is no error
@@ -113,7 +113,7 @@ func (c *Conn) head(answer bool) *Head {
 	h.Line[0], h.Line[1], _ = strings.Cut(line, " ")
 	h.Line[1], h.Line[2], _ = strings.Cut(h.Line[1], " ")
 	version, valid := h.Line[2], isToken(h.Line[0]) && h.Line[1] != "" && !strings.Contains(line, "\t")
-	if answer { // but not to an Upgrade, as that has not been passed on
+	if answer { // 101 is refused, as no Upgrade is passed on
 		h.Status, _ = strconv.Atoi(h.Line[1])
 		version, valid = h.Line[0], len(h.Line[1]) == 3 && h.Status >= 100 && h.Status != 101
 	}
@@ -126,11 +126,11 @@ func (c *Conn) head(answer bool) *Head {
 // text appends the head to b, and more fields, given by name and value in turn, but for those without a
 // value. Set takes them in the same way, and puts them in the place of all fields of those names.
 func (h *Head) text(b []byte, pairs ...string) []byte {
-	version := choose(h.Status == 0, h.Line[0], "HTTP/1.1") // an answer's is ours (RFC 9110 §6.2)
+	first := choose(h.Status == 0, h.Line[0], "HTTP/1.1") // an answer's version is ours (RFC 9110 §6.2)
 	line := func(name, separator, value string) {
 		b = append(append(append(append(b, name...), separator...), value...), "\r\n"...)
 	}
-	line(version+" "+h.Line[1], " ", h.Line[2])
+	line(first+" "+h.Line[1], " ", h.Line[2])
 	for _, f := range h.Fields {
 		line(f.Name, ": ", f.Value)
 	}
@@ -242,8 +242,8 @@ func (c *Conn) authority(s string) string {
 	return c.address
 }
 
-// A Conn is a connection to a client or an origin on which nothing waits longer than wait, or a file, and
-// the message that is being read from it; expect begins its body, of a kind that framing has found.
+// A Conn is a connection to a client or an origin, on which no read or write waits longer than wait, or a
+// file, and the message that is being read from it; expect begins its body, of a kind as framing says.
 type Conn struct {
 	net.Conn
 	in             *bufio.Reader
@@ -353,7 +353,7 @@ func (b body) nextChunk() {
 
 // Close keeps an origin's connection for another request if this one is over, and nothing more is said.
 func (b body) Close() error {
-	if !b.whole() || b.last || b.in.Buffered() > 0 || b.upload.failed() != nil {
+	if !b.whole() || b.last || b.in.Buffered() > 0 || b.upload.unfinished() != nil {
 		return b.Conn.Close()
 	}
 	b.extend()
@@ -399,8 +399,8 @@ func (c *Conn) carry(from *Conn) transfer {
 	return t
 }
 
-// failed tells how it ended, or that it goes on; an answer may be a moment ahead of the end.
-func (t transfer) failed() error {
+// unfinished is what broke it, or that it goes on; an answer may be a moment ahead of the end.
+func (t transfer) unfinished() error {
 	if t == nil {
 		return nil
 	}
@@ -497,7 +497,7 @@ func same(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b)
 func oneOf(s string, of ...string) bool {
 	return slices.ContainsFunc(of, func(t string) bool { return same(s, t) })
 }
-func lock(l sync.Locker) (unlock func()) { l.Lock(); return l.Unlock }
+func lock(l sync.Locker) (unlock func()) { l.Lock(); return l.Unlock } // defer lock(l)() holds it to the end
 func separates(c rune) bool              { return c <= ' ' || c == ',' }
 func isToken(s string) bool { // as methods and names of fields are (RFC 9110 §5.6.2)
 	return s != "" && !strings.ContainsFunc(s, func(c rune) bool {
