@@ -81,11 +81,8 @@ func (c *Conn) line(strict bool, long string) (text string) {
 		text += string(part)
 	}
 	text, crlf := strings.CutSuffix(text[:len(text)-1], "\r")
-	valid := crlf || !strict
-	for _, b := range []byte(text) {
-		valid = valid && (b >= ' ' && b != 0x7f || b == '\t')
-	}
-	must(valid, "400 control character in a line, or the end of one without CR:", text)
+	bad := strings.ContainsFunc(text, func(c rune) bool { return c < ' ' && c != '\t' || c == 0x7f })
+	must(!bad && (crlf || !strict), "400 control character in a line, or the end of one without CR:", text)
 	return text
 }
 
@@ -283,13 +280,8 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		head, piece := c.out, p[:min(len(p), maxPiece)]
 		c.out, p = choose(cap(c.out) > 2*maxCopied, nil, c.out[:0]), p[len(piece):]
 		c.extend()
-		if len(head) > 0 && len(piece) > 0 {
-			written, failed := (&net.Buffers{head, piece}).WriteTo(c.Conn)
-			c.written, err = c.written+written, failed
-		} else {
-			written, failed := c.Conn.Write(choose(len(head) > 0, head, piece))
-			c.written, err = c.written+int64(written), failed
-		}
+		written, failed := (&net.Buffers{head, piece}).WriteTo(c.Conn)
+		c.written, err = c.written+written, failed
 	}
 	return n, err
 }
