@@ -479,12 +479,7 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	must(!x.req.is("only-if-cached"), "504 not in the cache:", x.url)
 	asked, method, status := now(), x.req.Line[0], 0
 	req, validates := x.outgoing(stored)
-	res, c, err := origins.ask(x.address, req, x.c, func(interim *Head) {
-		interim.Del("Content-Length")
-		if interim.endToEnd(); !x.behind && !x.req.old() {
-			x.c.Write(interim.text(nil, "Via", via(interim)))
-		}
-	})
+	res, c, err := origins.ask(x.address, req, x.c, x.interim)
 	if x.why = "proxy; fwd=" + why; err == nil {
 		status, x.peer, x.why = res.Status, "HIER_DIRECT/"+c.peer, x.why+"; fwd-status="+res.Line[1]
 	}
@@ -530,8 +525,13 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	return e
 }
 
-// via is what RFC 9110 §7.6.3 has us say of a message.
-func via(h *Head) string { return choose(h.old(), "1.0 ", "1.1 ") + pseudonym }
+// interim passes on an answer that comes before the final one, e.g., Early Hints (103).
+func (x *exchange) interim(res *Head) {
+	res.Del("Content-Length")
+	if res.endToEnd(); !x.behind && !x.req.old() {
+		x.c.Write(res.text(nil, "Via", via(res)))
+	}
+}
 
 // person tells one from another, as a cookie goes from the cache only to whom it was set. Nobody who
 // sends no User-Agent can be known again.

@@ -189,6 +189,9 @@ func (h *Head) endToEnd() {
 		"Proxy-Authorization", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade")
 }
 
+// via is what we say of a message (RFC 9110 §7.6.3).
+func via(h *Head) string { return choose(h.old(), "1.0 ", "1.1 ") + pseudonym }
+
 // framing decides, and nothing else does, where the body behind h ends (RFC 9112 §6.3): after a length,
 // with the last chunk, or with the connection. What two readers could take in two ways is refused:
 // several lengths, one beside a transfer coding, a coding in HTTP/1.0, or any but one chunked. Only an
