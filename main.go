@@ -174,7 +174,7 @@ func client(c *Conn) {
 			return // e.g., it has been closed
 		}
 		active.Add(1)
-		req = cmp.Or(req, &Head{})
+		req = cmp.Or(req, unread)
 		x := &exchange{c: c, req: req, res: req, start: now(), code: "NONE", peer: "HIER_NONE/-"}
 		e := x.try(func() *Answer { fail(err); return x.answer() })
 		if e != nil && attempt(func() { fail(x.send(e)) }) != nil {

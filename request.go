@@ -32,6 +32,7 @@ const (
 	chunked, untilClose, endless = -1, -2, 1 << 62 // what framing returns besides a length; more than any
 )
 
+var unread = new(Head)                                                // for what could not be read
 var errSilent = errors.New("closed the connection without an answer") // as an idle one may at any time
 
 // An Error is what a client is told: a status and a sentence. must ends an exchange with one, fail with
