@@ -65,17 +65,15 @@ func main() {
 	log.SetFlags(0)
 	log.SetPrefix("proxy: ")
 	// It counts for the collector, which runs less often: a third more hits; untouched it takes no memory.
-	ballast := make([]byte, 12<<20)
-	defer runtime.KeepAlive(ballast)
+	defer runtime.KeepAlive(make([]byte, 12<<20))
 	address := ""
 	if err := attempt(func() { address = configure() }); err != nil {
 		log.Printf("%v; proxy -h tells more", err)
 		os.Exit(2)
 	}
 	l, err := net.Listen("tcp", address)
-	os.MkdirAll(*dir, 0o700)
-	trial := *dir + "/" + temporary + rand.Text() // others may start on it, too
-	if err = cmp.Or(err, os.WriteFile(trial, nil, 0o600), os.Remove(trial)); err != nil {
+	f := *dir + "/" + temporary + rand.Text() // to try the directory, as others may at the same time
+	if err = cmp.Or(err, os.MkdirAll(*dir, 0o700), os.WriteFile(f, nil, 0o600), os.Remove(f)); err != nil {
 		log.Fatal(err) // with status 1
 	}
 	closing, _ = signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -110,7 +108,7 @@ func totals() string {
 	defer lock(&journal)()
 	journal.out.Flush()
 	journal.out.Reset(os.Stdout) // or an error would stay, e.g., of a full disk
-	return fmt.Sprintf("%d requests, %d hits, %d bytes", journal.requests, journal.hits, journal.bytes)
+	return fmt.Sprintf("%d requests, %d hits, %d MiB", journal.requests, journal.hits, journal.bytes>>20)
 }
 
 // configure reads the command line, and returns the address to listen on. Its errors have no status.
@@ -135,7 +133,7 @@ func configure() (address string) {
 	number := strings.TrimRight(*size, "KMGT")
 	shift := 10 * slices.Index([]string{"", "K", "M", "G", "T"}, (*size)[len(number):])
 	n, ok = digits(number)
-	must(ok && shift >= 0 && n<<shift>>shift == n, "400 -size is no number of bytes:", *size)
+	must(ok && shift >= 0 && n<<shift>>shift == n, "400 -size is no number like 5000 or 10G:", *size)
 	must(*uses > 0, "400 -uses must be at least 1")
 	must(*ttl >= 0, "400 -ttl must not be negative")
 	must(*dir != "", "400 -cache must name a directory")
@@ -157,8 +155,9 @@ func configure() (address string) {
 			bits := choose(n.Addr().Is4In6(), max(0, n.Bits()-96), n.Bits())
 			networks = append(networks, netip.PrefixFrom(n.Addr().Unmap(), bits))
 		} else {
-			must(!strings.Contains(entry, ":"), "400 -block has what is no host or CIDR:", entry)
-			domains[hostOf(authority(strings.Trim(entry, ".")))] = true
+			host := strings.Trim(entry, ".")
+			err := attempt(func() { domains[hostOf(authority(host))] = true })
+			must(err == nil && !strings.Contains(host, ":"), "400 -block has what is no host or CIDR:", entry)
 		}
 	}
 	return address
@@ -174,7 +173,6 @@ func client(c *Conn) {
 			return // e.g., it has been closed
 		}
 		active.Add(1)
-		req = cmp.Or(req, unread)
 		x := &exchange{c: c, req: req, res: req, start: now(), code: "NONE", peer: "HIER_NONE/-"}
 		e := x.try(func() *Answer { fail(err); return x.answer() })
 		if e != nil && attempt(func() { fail(x.send(e)) }) != nil {
@@ -230,6 +228,7 @@ var reasons = map[int]string{200: "OK", 206: "Partial Content", 304: "Not Modifi
 func page(status int, kind, text string) *Answer {
 	line := [3]string{"HTTP/1.1", strconv.Itoa(status), reasons[status]}
 	h := &Head{line, status, []Field{{"Content-Type", kind}, {"Date", now().UTC().Format(dateFormat)}}}
+	h.Set("Cross-Origin-Resource-Policy", "same-origin") // no page elsewhere may take it for a script
 	return &Answer{Entry: &Entry{Head: h, memory: []byte(text), size: int64(len(text)), err: io.EOF}}
 }
 
@@ -366,7 +365,8 @@ func (x *exchange) local(named string) *Answer {
 	case name == "/" && get:
 		return page(200, "text/html; charset=utf-8", status())
 	case name == "/proxy.pac":
-		const pac = "function FindProxyForURL(url, host) { return \"PROXY %s\"; }\n"
+		const pac = `function FindProxyForURL(url, host) {
+	return shExpMatch(url, "http://%[1]s/*") ? "DIRECT" : "PROXY %[1]s" }`
 		return page(200, "application/x-ns-proxy-autoconfig", fmt.Sprintf(pac, named))
 	case get:
 		if e := x.file(name[1:]); e != nil {
@@ -375,7 +375,7 @@ func (x *exchange) local(named string) *Answer {
 	}
 	must(attempt(func() { x.aim(x.path[1:]) }) == nil, "404 neither a file nor a host:", x.path)
 	fail(control("", x.address, nil))
-	x.req.Del("Cookie") // it is of what else runs on this machine, as a browser's cookies know no ports
+	x.req.Del("Cookie", "Authorization") // they may be for what else a browser knows by this name
 	return nil
 }
 
@@ -674,9 +674,9 @@ table{width:100%%;border-collapse:collapse}div{max-height:6em;overflow:auto}i{di
 min-width:3px;background:#38a169}td{padding:0 1em .3em 0;vertical-align:top;max-width:22em;white-space:nowrap;
 overflow:hidden;text-overflow:ellipsis}td:last-child{width:60%%;max-width:none;white-space:normal}@media(
 max-width:45em){td{display:inline-block;white-space:normal}tr,td:last-child{display:block;width:auto}}</style>
-<h1>proxy</h1><p>%s since %s; %.1f MB of them came from the cache:<i style="width:%d%%"></i>
+<h1>proxy</h1><p>%s since %s; %d MiB of them came from the cache:<i style="width:%d%%"></i>
 <p>In the last five minutes %d%% of %d requests were hits (the latest are kept).
-<p>The cache has %d files, %.1f of %.1f MB:<i style="width:%d%%"></i>
+<p>The cache has %d files, %.1f of %d MiB:<i style="width:%d%%"></i>
 <h2>Outcomes of the latest requests</h2><table>%s</table><h2>Busiest hosts</h2><table>%s</table>
 <h2>Latest requests</h2><table>%s</table>`
 
@@ -701,9 +701,9 @@ func status() string {
 			rows += fmt.Sprintf("<tr><td>%s<td>%s<td>%s ms<td><div>%s %s</div>", at, f[3], f[1], f[5], f[6])
 		}
 	}
-	return fmt.Sprintf(statusPage, totals, journal.begun.Format(time.DateTime), float64(journal.saved)/1e6,
+	return fmt.Sprintf(statusPage, totals, journal.begun.Format(time.DateTime), journal.saved>>20,
 		journal.saved*100/max(1, journal.bytes), hits*100/max(1, recent), recent, cache.files,
-		float64(cache.size)/1e6, float64(cache.limit)/1e6, cache.size*100/max(1, cache.limit),
+		float64(cache.size)/(1<<20), cache.limit>>20, cache.size*100/max(1, cache.limit),
 		bars(outcomes), bars(hosts), rows)
 }
 

@@ -307,7 +307,8 @@ func (c *Conn) next(answer bool) (h *Head, err error) {
 	}
 	c.room = maxHead
 	err = attempt(func() { h = c.head(answer) })
-	return h, choose[error](os.IsTimeout(err), Error("408 the head has not come in 30 seconds"), err)
+	err = choose[error](os.IsTimeout(err), Error("408 the head has not come in 30 seconds"), err)
+	return cmp.Or(h, unread), err
 }
 
 // A body is what follows a head, decoded. What breaks it off is an Error, as no failure to write is. ready
