@@ -59,6 +59,7 @@ type Entry struct {
 	users      []*Answer // those who read it, if it has come on its way
 	broken     bool      // the file does not take more
 	used, read time.Time // when its file was last used, and read into memory
+	late       time.Time // when those who wait for its head have waited for long enough
 }
 
 // An Answer is the use of an entry by one who asks, with a head of his own if he has to have one. It reads
@@ -185,7 +186,7 @@ func (c *Cache) find(key string) (a *Answer, changes int64) {
 }
 
 // open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
-// in it, its size from Content-Length, and its Date be past, as the clock may have been set back.
+// in it, its size from Content-Length.
 func (c *Cache) open(name string) (e *Entry) {
 	info, err := os.Lstat(c.dir + "/" + name)
 	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
@@ -200,7 +201,7 @@ func (c *Cache) open(name string) (e *Entry) {
 		e.off, _ = file.Seek(-int64(text.in.Buffered()), io.SeekCurrent)
 		e.taken = e.off + e.size
 		ours := strings.HasPrefix(name+"~", fileName(strings.TrimPrefix(e.req.Line[1], "http://"))+"~")
-		must(ours && e.taken == info.Size() && httpDate(e.req.Get("Date")) <= now().Unix(), "502 damaged")
+		must(ours && e.taken == info.Size(), "502 damaged")
 	}) != nil {
 		file.Close()
 		return nil
@@ -280,7 +281,7 @@ func (e *Entry) extent() bool {
 // Cache-Status (RFC 9111 §4, RFC 9211 §2.2). meanwhile says that it may be while it is refreshed. What
 // has come since it was asked for, in Unix seconds, is new enough, however long that took.
 func (e *Entry) judge(req *Head, asked int64) (why string, meanwhile bool) {
-	age := asked - e.born
+	age := choose(e.born > now().Unix(), maxSeconds, asked-e.born) // the clock may have been set back
 	switch ttl := e.life - age; {
 	case req.is("no-cache"), req.Get("Cache-Control") == "" && oneOf("no-cache", req.list("Pragma")...),
 		age >= req.seconds("max-age", age+1), ttl < req.seconds("min-fresh", -endless):
@@ -341,9 +342,11 @@ func (c *Cache) claim(key string, changes int64, wait bool) (e *Entry, again boo
 		e.more.L, c.under[key] = c, e
 		return e, false
 	}
-	late := time.Now().Add(joinWait)
-	for wait && other != nil && !other.shared && c.under[key] == other && time.Now().Before(late) {
+	if wait && other != nil && other.late.IsZero() { // one for all, as it wakes all
+		other.late = time.Now().Add(joinWait)
 		time.AfterFunc(joinWait, other.more.Broadcast)
+	}
+	for wait && other != nil && !other.shared && c.under[key] == other && time.Now().Before(other.late) {
 		other.more.Wait()
 	}
 	return nil, (other == nil || other.shared) && c.changes != changes
@@ -384,9 +387,8 @@ func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, pe
 	e.req = &Head{Line: [3]string{"GET", "http://" + url, "HTTP/1.1"}}
 	e.req.Fields = append([]Field{{"Date", asked.UTC().Format(dateFormat)}}, e.varied(req)...)
 	e.assess(c.ttl)
-	same := e.source == old && old.life <= 0 && old.strict == e.strict // a 304 that does not help the next
 	useful := e.life > 0 || e.seconds("stale-while-revalidate", 0) > 0
-	if !useful && (same || e.Get("ETag")+e.Get("Last-Modified") == "") {
+	if !useful && e.Get("ETag")+e.Get("Last-Modified") == "" {
 		return
 	}
 	generation := cmp.Or(cmp.Or(old, e).req.Get("Generation"), rand.Text()) // see lookup; e has none yet
@@ -555,9 +557,6 @@ func (a *Answer) Close() error {
 
 // due counts a GET that has to be fetched, and tells whether its answer is to be stored.
 func (c *Cache) due(url string) bool {
-	if c.uses == 1 {
-		return true
-	}
 	defer lock(c)()
 	if len(c.seen) > 1<<16 {
 		clear(c.seen) // to count anew is cheaper than to find out which are old

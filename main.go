@@ -39,7 +39,7 @@ import (
 var (
 	dir   = flag.String("cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"), "`directory` of the cache")
 	size  = flag.String("size", "1G", "most `bytes` that it holds, as 500M or 10G")
-	uses  = flag.Int("uses", 1, "store a response from the `n`th GET for its URL within 10 minutes on")
+	nth   = flag.Int("uses", 1, "store a response from the `n`th GET for its URL within 10 minutes on")
 	ttl   = flag.Duration("ttl", 0, "how long a response is fresh that says nothing about it, at least")
 	files = flag.String("files", ".", "`directory` of files for direct requests, empty for none")
 	block = flag.String("block", "", "hosts, domains, addresses and CIDRs refused: a `list` or @file")
@@ -134,10 +134,10 @@ func configure() (address string) {
 	shift := 10 * slices.Index([]string{"", "K", "M", "G", "T"}, (*size)[len(number):])
 	n, ok = digits(number)
 	must(ok && shift >= 0 && n<<shift>>shift == n, "400 -size is no number like 5000 or 10G:", *size)
-	must(*uses > 0, "400 -uses must be at least 1")
+	must(*nth > 0, "400 -uses must be at least 1")
 	must(*ttl >= 0, "400 -ttl must not be negative")
 	must(*dir != "", "400 -cache must name a directory")
-	cache.dir, cache.limit, cache.ttl, cache.uses = *dir, n<<shift, int64(ttl.Seconds()), *uses
+	cache.dir, cache.limit, cache.ttl, cache.uses = *dir, n<<shift, int64(ttl.Seconds()), *nth
 	for _, text := range []*string{block, auth} {
 		if file, ok := strings.CutPrefix(*text, "@"); ok {
 			b, err := os.ReadFile(file)
@@ -424,7 +424,7 @@ func (x *exchange) cached() *Answer {
 			x.why = choose(e.source == nil, "proxy; hit; ttl="+ttl, collapsed)
 			return e
 		}
-		if x.req.Line[0] == "HEAD" || x.req.is("only-if-cached") || e == nil && !cache.due(x.url) {
+		if x.req.Line[0] != "GET" || x.req.is("only-if-cached") || e == nil && *nth > 1 && !cache.due(x.url) {
 			return x.fetch(e, nil, why)
 		}
 		d, again := cache.claim(key, changes, !x.behind && !x.req.is("no-cache"))
@@ -518,8 +518,8 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 	}
 	cache.store(e, stored, x.url, x.req, asked, x.person)
 	x.why += choose(e.passing(), "", "; stored")
-	replaced := validates && status == 304 && !e.storable(&Head{}) || slices.Contains(heuristic, status)
-	if replaced && e.passing() && d != nil && stored != nil {
+	forbidden := status == 304 && validates && (e.is("no-store", "private") || oneOf("*", e.list("Vary")...))
+	if e.passing() && d != nil && stored != nil && (forbidden || slices.Contains(heuristic, status)) {
 		cache.invalidate(d.key)
 	}
 	return e
@@ -527,7 +527,7 @@ func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
 
 // interim passes on an answer that comes before the final one, e.g., Early Hints (103).
 func (x *exchange) interim(res *Head) {
-	res.Del("Content-Length")
+	res.Del("Content-Length", choose(x.direct, "Set-Cookie", ""))
 	if res.endToEnd(); !x.behind && !x.req.old() {
 		x.c.Write(res.text(nil, "Via", via(res)))
 	}
