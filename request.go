@@ -248,8 +248,10 @@ func (c *Conn) authority(s string) string {
 type Conn struct {
 	net.Conn
 	in             *bufio.Reader
-	out            []byte // what goes out with the next Write
-	written        int64  // bytes of the exchange
+	out            []byte      // what goes out with the next Write
+	pair           [2][]byte   // what goes out at once, here so that it leaves no garbage,
+	gather         net.Buffers // and as the system takes it
+	written        int64       // bytes of the exchange
 	wait           time.Duration
 	renew          atomic.Int64 // Unix nanoseconds from which on the deadline has to be moved
 	room           int64        // bytes that lines may have until they are too long
@@ -284,7 +286,8 @@ func (c *Conn) Write(p []byte) (n int, err error) {
 		head, piece := c.out, p[:min(len(p), maxPiece)]
 		c.out, p = choose(cap(c.out) > 2*maxCopied, nil, c.out[:0]), p[len(piece):]
 		c.extend()
-		written, failed := (&net.Buffers{head, piece}).WriteTo(c.Conn)
+		c.pair, c.gather = [2][]byte{head, piece}, c.pair[:]
+		written, failed := c.gather.WriteTo(c.Conn)
 		c.written, err = c.written+written, failed
 	}
 	return n, err
