@@ -82,7 +82,7 @@ func (c *Conn) line(strict bool, long string) (text string) {
 		text += string(part)
 	}
 	text, crlf := strings.CutSuffix(text[:len(text)-1], "\r")
-	bad := strings.ContainsFunc(text, func(c rune) bool { return c < ' ' && c != '\t' || c == 0x7f })
+	bad := slices.ContainsFunc([]byte(text), func(b byte) bool { return b < ' ' && b != '\t' || b == 0x7f })
 	must(!bad && (crlf || !strict), "400 control character in a line, or the end of one without CR:", text)
 	return text
 }
@@ -500,8 +500,8 @@ func oneOf(s string, of ...string) bool {
 func lock(l sync.Locker) (unlock func()) { l.Lock(); return l.Unlock } // defer lock(l)() holds it to the end
 func separates(c rune) bool              { return c <= ' ' || c == ',' }
 func isToken(s string) bool { // as methods and names of fields are (RFC 9110 §5.6.2)
-	return s != "" && !strings.ContainsFunc(s, func(c rune) bool {
-		return c <= ' ' || c > '~' || strings.ContainsRune(`"(),/:;<=>?@[\]{}`, c)
+	return s != "" && !slices.ContainsFunc([]byte(s), func(b byte) bool {
+		return b <= ' ' || b > '~' || strings.IndexByte(`"(),/:;<=>?@[\]{}`, b) >= 0
 	})
 }
 func digits(s string) (int64, bool) { // one too large is the largest
