@@ -495,7 +495,7 @@ func TestLaw(t *testing.T) {
 	}
 	// The law is less than 1,000 lines in all and 400 a file at most. The code does not keep it: until it
 	// does, these ceilings keep it from growing.
-	ceilings := map[string]int{"main.go": 731, "cache.go": 599, "request.go": 510}
+	ceilings := map[string]int{"main.go": 731, "cache.go": 598, "request.go": 510}
 	total := 0
 	for _, name := range []string{"main.go", "request.go", "cache.go", "main_test.go"} {
 		source, err := os.ReadFile(name)
