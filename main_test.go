@@ -3160,7 +3160,7 @@ func TestManyAtOnceAreOneRequest(t *testing.T) {
 		eq(t, test.name+": later", came, map[bool]string{true: "miss", false: "hit"}[test.cut])
 	}
 	o.set("/late", reply{do: func(w http.ResponseWriter, r *http.Request) {
-		time.Sleep(time.Second) // in which all have come
+		time.Sleep(3 * time.Second) // in which all have come, on a busy machine too
 		p.move(5)
 		w.Header().Set("Cache-Control", "max-age=1")
 		io.WriteString(w, "late")
