@@ -1,599 +1,1434 @@
 package main
 
-// The store and the rules of caching (RFC 9111). What is stored is one file, a transcript of the request
-// and the answer, under the URL's name: the file system is the index. Nothing here asks an origin.
+// The store, and the rules of caching (RFC 9111). A stored response is one
+// file, a transcript of the request and the response, under the name of the
+// URL: the file system is the index. Nothing in this file knows a connection.
+//
+// Its story comes first: roundTrip, which answers one request from the store
+// or with the help of its origin; how an entry is found; how one request
+// fetches for all; how a response is stored; and the download, which several
+// clients may follow while it grows. Then come the rules, small functions of
+// headers and times in the order of the RFC, and the files: their names, what
+// is in them, and how they are trimmed.
+
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
-	"log"
+	"io/fs"
 	"os"
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
-const (
-	temporary  = "+download-"                              // begins the names of files that are not whole
-	plain      = "abcdefghijklmnopqrstuvwxyz0123456789-./" // what stands for itself in the name of a file
-	dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
-	maxSeconds = 1 << 31         // of an age or a lifetime (RFC 9111 §1.2.2)
-	maxObject  = 1 << 20         // bytes of a body that memory may answer with: a file costs a hit 20 µs
-	maxMemory  = 16 << 20        // bytes of all these; twice that where slow clients still get forgotten ones
-	joinWait   = 5 * time.Second // for an answer that another has asked for, in vain perhaps
-	maxBehind  = 256 << 10       // bytes kept for the slowest reader where the file does not take them
-)
-
-var (
-	now     = time.Now // tests move it
-	extents = regexp.MustCompile(`^bytes (\d+)-(\d+)/(\d+)$`)
-	span    = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
-	// What may be stored though it does not say how long it is fresh (RFC 9110 §15.1).
-	heuristic = []int{200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501}
-)
-
-// An Entry is an answer: a head, and a body in memory, in a file, or on its way from source. What goes
-// into a file is read as it grows by all who ask for it, each at its own pace: none depends on another.
-type Entry struct {
-	*Head
-	req        *Head         // of a stored one: its URL, when it was asked for, and what Vary selects by
-	off, size  int64         // where in the file the body begins, its bytes, -1 while unknown
-	born, life int64         // Unix seconds when its age was 0, seconds it is fresh
-	strict     bool          // it must not be used stale
-	first, all int64         // of a part (206): where it begins in the whole, and the size of that
-	source     io.ReadCloser // where the body comes from, nil for what was here before
-	key        string        // under which others find it
-	shared     bool          // once it is known that there is something for them
-	file       *os.File
-	taken      int64     // bytes that are in the file,
-	memory     []byte    // and those after them
-	more       sync.Cond // there are more, or no more come, or others know what to expect:
-	err        error     // io.EOF, or what broke it
-	users      []*Answer // those who read it, if it has come on its way
-	broken     bool      // the file does not take more
-	used, read time.Time // when its file was last used, and read into memory
-	late       time.Time // when those who wait for its head have waited for long enough
-}
-
-// An Answer is the use of an entry by one who asks, with a head of his own if he has to have one. It reads
-// the body from at on, and waits for what has not arrived.
-type Answer struct {
-	*Entry
-	own *Head
-	at  atomic.Int64 // offset in the body, at which Write looks, too
-}
-
-// A Cache is a directory of entries.
+// A Cache answers requests from a directory of files where RFC 9111 lets a
+// shared cache do so, and fills the directory with what origins answer.
 type Cache struct {
-	dir           string
-	limit, ttl    int64                  // bytes at most, seconds an answer is fresh that does not say
-	uses          int                    // GETs within ten minutes from which on answers are stored
-	told          atomic.Int64           // Unix seconds when the operator has been told of trouble
-	inMemory      atomic.Int64           // bytes of entries in memory, of forgotten ones in use as well
-	sync.Mutex                           // guards what follows, and what changes in entries
-	size, files   int64                  // bytes and number of files; trim counts anew
-	changes       int64                  // of what is stored, so far
-	under, memory map[string]*Entry      // on their way, and held in memory
-	seen          map[string][]time.Time // the latest GETs, if uses are counted
+	CacheConfig
+	root     atomic.Pointer[os.Root] // the directory
+	memory   sync.Map                // key to *Entry: small ones, as their files were a moment ago
+	inMemory atomic.Int64            // bytes of these, and of those that only slow clients still read
+	version  atomic.Int64            // counts what is stored and removed
+	warned   atomic.Int64            // when the operator was told last what is wrong, in Unix seconds
+
+	mu        sync.Mutex // guards the rest, and the files under their final names
+	downloads map[key]*download
+	unshared  map[key]time.Time   // until when nobody waits for what others fetch
+	seen      map[key][]time.Time // the latest misses, where they are counted
+	files     int64               // in the directory, and
+	size      int64               // their bytes
 }
 
-func (c *Cache) path(key string) string { return c.dir + "/" + fileName(key) }
+// A CacheConfig is what the rest of the program decides about a cache.
+type CacheConfig struct {
+	dir        string
+	limit      int64            // bytes that the directory may hold
+	ttl        time.Duration    // for how long a response is fresh, at least, that does not tell
+	uses       int              // store a response from that GET on, within usesWindow
+	shareInner bool             // whether responses from inner addresses may be stored
+	now        func() time.Time // the clock
+	warn       func(error)      // tells the operator what is wrong
+	guard      func(func())     // runs what a goroutine does, and survives its bugs
+}
 
-// fileName returns the name of the file for a key: a URL without its scheme, and after a line feed what a
-// variant adds. "/" becomes "_", as in the lab; upper case, "_" and most else is escaped: no two keys
-// share a file on any system, and no name is hidden, ends in a dot, or is a device's on Windows.
-func fileName(key string) string {
-	url, variant, _ := strings.Cut(key, "\n")
-	stem, _, _ := strings.Cut(url, ".")
-	device := oneOf(strings.TrimRight(stem, "0123456789"), "con", "prn", "aux", "nul", "com", "lpt")
-	name := make([]byte, 0, len(url)+20)
-	for i, b := range []byte(url) {
+// A key names what is stored: a URL without its scheme and, for one of the
+// variants that Vary sets apart, a hash of the request fields that select it.
+type key struct{ url, variant string }
+
+// A transaction is one request on its way through the cache.
+type transaction struct {
+	*Cache
+	req     *Request
+	ask     func(*Request) (*Response, error) // sends a request to its origin
+	asked   time.Time
+	key     key    // of what the request selects
+	stored  *Entry // what it selects, or nil
+	version int64  // Cache.version before that was looked up
+	status  CacheStatus
+}
+
+// roundTrip answers a request from the store where it may, and else with what
+// ask brings from the origin, which is stored on the way if that is allowed.
+// The status tells how, as far as it got if there is an error.
+func (c *Cache) roundTrip(req *Request, ask func(*Request) (*Response, error)) (
+	*Response, CacheStatus, error) {
+	t := &transaction{Cache: c, req: req, ask: ask, asked: c.now().Truncate(time.Second)}
+	t.status.Outcome = miss
+	res, err := t.answer()
+	t.drop()
+	return res, t.status, err
+}
+
+// answer finds the response:
+//  1. What the store can't answer goes straight to the origin.
+//  2. A fresh entry answers by itself, and so does a download under way.
+//  3. The first who asks for what is missing or stale fetches it for all. The
+//     others wait for that, and look again.
+func (t *transaction) answer() (*Response, error) {
+	h := t.req.Header
+	if t.req.Method != "GET" && t.req.Method != "HEAD" {
+		return t.forward(nil, "method")
+	}
+	if t.req.Body.length != 0 || h.Has("If-Match") || h.Has("If-Unmodified-Since") ||
+		len(h.Values("Range")) > 1 {
+		return t.forward(nil, "bypass")
+	}
+
+	for {
+		why := t.lookup()
+		if t.stored != nil {
+			var fresh bool
+			if fresh, why = t.stored.satisfies(h, t.asked); fresh {
+				return t.serveStored(), nil
+			}
+		}
+		alone := t.req.Method == "HEAD" ||
+			t.stored != nil && t.stored.from == fromDownload // which can't be validated yet
+		if alone || !t.due() {
+			return t.forward(nil, why)
+		}
+
+		d, mine := t.claim()
+		if mine {
+			defer t.release(d)
+			return t.forward(d, why)
+		}
+		if d != nil && !t.wait(d) {
+			return t.forward(nil, why)
+		}
+		t.status.Collapsed = d != nil
+		t.drop()
+	}
+}
+
+// serveStored answers with what is stored, as it is.
+func (t *transaction) serveStored() *Response {
+	e := t.stored
+	t.stored = nil
+	t.status.TTL = e.lifetime - t.asked.Sub(e.born)
+	switch e.from {
+	case fromFile:
+		t.status.Outcome = fileHit
+	case fromMemory:
+		t.status.Outcome = memoryHit
+	case fromDownload:
+		t.status.Outcome, t.status.Collapsed, t.status.Forward = fileHit, true, "uri-miss"
+	}
+	age := min(max(0, t.now().Sub(e.born)/time.Second), maxSeconds)
+	res := tailor(t.req, e.with(Field{"Age", strconv.Itoa(int(age))}), e.content)
+	if res.Status == 304 {
+		t.status.Outcome = notModifiedHit
+	}
+	return res
+}
+
+// forward asks the origin: for all of it, or whether a stale entry is still
+// good. The answer goes into the download that the caller has claimed, if any.
+func (t *transaction) forward(d *download, why reason) (*Response, error) {
+	if cacheControl(t.req.Header).Has("only-if-cached") {
+		return nil, errorf(504, "not in the cache: %s", t.req.URL)
+	}
+	req := *t.req
+	validates := t.stored != nil && hasValidator(t.stored.Header) && req.Method == "GET"
+	if validates {
+		req.Header = withValidators(req.Header, t.stored.Header)
+	}
+	t.status.Forward = why
+	res, err := t.ask(&req)
+	if err == nil {
+		t.status.ForwardStatus = res.Status
+	}
+
+	if t.stored != nil && !isStatusError(err) && t.stored.mayStandIn(t.req.Header, res, t.now()) {
+		if res != nil {
+			res.Body.Close()
+		}
+		stale := t.serveStored()
+		t.status.Outcome = refreshFailed
+		return stale, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if !isSafe(req.Method) && res.Status < 400 {
+		t.invalidateBy(res)
+	}
+	switch {
+	case validates && res.Status == 304:
+		return t.renew(d, res)
+	case validates:
+		t.status.Outcome = refreshModified
+	case why == "request":
+		t.status.Outcome = clientRefresh
+	}
+	e := t.store(d, res)
+	if e == nil {
+		return res, nil
+	}
+	if !validates && req.Header.Has("If-Modified-Since") {
+		res.Body = e.content.section(0, res.Length) // the origin has looked at the condition
+		return res, nil
+	}
+	return tailor(t.req, res, e.content), nil
+}
+
+// renew answers with what is stored, as the origin has just said that it is
+// still good, and stores that with the fields of the 304 (RFC 9111 §4.3.4).
+// The body goes from the old file to a new one.
+func (t *transaction) renew(d *download, validation *Response) (*Response, error) {
+	validation.Body.Close()
+	old := t.stored
+	if !sameTag(old.Header.Get("ETag"), validation.Header.Get("ETag")) {
+		t.drop() // the origin means another representation: ask for all of that
+		return t.forward(d, t.status.Forward)
+	}
+	t.status.Outcome = refreshUnmodified
+	res := old.with()
+	res.Header = updated(old.Header, validation.Header)
+	res.Origin = validation.Origin
+	res.Ready = old.from == fromMemory
+	res.Body = old.content.section(0, old.Length)
+
+	body := old.content
+	if e := t.store(d, res); e != nil {
+		body = e.content
+	}
+	t.stored = nil
+	for _, f := range validation.Header {
+		if equalFold(f.Name, "Set-Cookie") {
+			res.Header = append(res.Header, f) // for this client alone
+		}
+	}
+	return tailor(t.req, res, body), nil
+}
+
+// drop lets go of an entry that is of no use.
+func (t *transaction) drop() {
+	if t.stored != nil {
+		t.stored.content.Close()
+		t.stored = nil
+	}
+}
+
+// An Entry is a stored response, or one that is just being stored. It does
+// not change once anybody else can see it.
+type Entry struct {
+	Response           // without a body, nor Age in the header
+	url      string    // without its scheme
+	request  Header    // when it was asked for, and what Vary selects by
+	born     time.Time // when its age was 0
+	lifetime time.Duration
+	strict   bool      // it must not be used stale
+	weight   int64     // bytes of the file
+	used     time.Time // when the file was last used, or read into memory
+	from     source
+	content  content
+}
+
+// with returns the response with more fields.
+func (e *Entry) with(more ...Field) *Response {
+	res := e.Response
+	res.Header = slices.Concat(e.Header, more)
+	return &res
+}
+
+// A source is where a hit comes from.
+type source int
+
+const (
+	fromFile source = iota
+	fromMemory
+	fromDownload
+)
+
+// A content is where the body of an entry is. It is used once: either a
+// section of it is read and that is closed, or it is closed itself. With n -1
+// a section goes to the end.
+type content interface {
+	section(off, n int64) io.ReadCloser
+	io.Closer
+}
+
+// memoryContent is the body itself.
+type memoryContent []byte
+
+func (m memoryContent) Close() error { return nil }
+
+func (m memoryContent) section(off, n int64) io.ReadCloser {
+	return io.NopCloser(bytes.NewReader(m[off : off+n]))
+}
+
+// fileContent is the rest of a file, from start on.
+type fileContent struct {
+	file  *os.File
+	start int64
+}
+
+func (c fileContent) Close() error { return c.file.Close() }
+
+func (c fileContent) section(off, n int64) io.ReadCloser {
+	return &fileSection{io.NewSectionReader(c.file, c.start+off, n), c}
+}
+
+type fileSection struct {
+	*io.SectionReader
+	of fileContent
+}
+
+func (s *fileSection) Close() error { return s.of.Close() }
+
+// lookup finds what the request selects (RFC 9111 §4.1), and tells why the
+// origin has to be asked if that is nothing. The URL's own file has one of
+// the variants, and its Vary says how they are told apart. The name of any
+// other has a hash of that and of the generation, a random text which is new
+// in each first file of a URL: so invalidation hides the variants, too.
+func (t *transaction) lookup() reason {
+	t.key = key{url: strings.TrimPrefix(t.req.URL.String(), "http://")}
+	t.stored, t.version = t.find(t.key)
+	if t.stored == nil || t.stored.selectedBy(t.req.Header) {
+		return "uri-miss"
+	}
+	selecting := selectingFields(t.stored.Header, t.req.Header)
+	hash := sha256.Sum256(fmt.Appendf(nil, "%q%q", t.stored.request.Get("Generation"), selecting))
+	t.key.variant = fmt.Sprintf("~%.8x", hash)
+	t.drop()
+	t.stored, _ = t.find(t.key)
+	if t.stored != nil && !t.stored.selectedBy(t.req.Header) {
+		t.drop()
+	}
+	return "vary-miss"
+}
+
+// find returns what there is under a key: in memory, on its way, or in a
+// file; and the version before it looked. Memory may answer for memoryTrust,
+// so what another process stores or removes is soon noticed.
+func (c *Cache) find(k key) (*Entry, int64) {
+	version := c.version.Load()
+	if kept, found := c.memory.Load(k); found && c.now().Sub(kept.(*Entry).used).Abs() <= memoryTrust {
+		return kept.(*Entry), version
+	}
+	var e *Entry
+	c.mu.Lock()
+	if d := c.downloads[k]; d != nil && d.entry != nil {
+		e = d.join()
+	}
+	c.mu.Unlock()
+	if e == nil {
+		e = c.open(k, version)
+	}
+	return e, version
+}
+
+// open returns the entry in the file for a key. A damaged file is a miss, and
+// so is that of another URL, or one that would not be stored any more. A small
+// body is read into memory, as a file costs a hit 20 µs.
+func (c *Cache) open(k key, version int64) *Entry {
+	name := fileName(k)
+	e := readEntry(c.root.Load(), name)
+	if e == nil {
+		return nil
+	}
+	if e.url != k.url || e.Status == 206 || e.Header.Has("Set-Cookie") {
+		e.content.Close()
+		return nil
+	}
+	now := c.now()
+	if now.Sub(e.used) > time.Minute {
+		c.root.Load().Chtimes(name, now, now) // trim goes by that
+	}
+	e.used = now
+	e.assess(c.ttl, now)
+	if e.Length > maxInMemory || c.inMemory.Load() > 2*maxMemory {
+		return e
+	}
+
+	file := e.content.section(0, e.Length)
+	defer file.Close()
+	body := make(memoryContent, e.Length)
+	if _, err := io.ReadFull(file, body); err != nil {
+		return nil
+	}
+	e.content = body
+	hit := *e // from a file, this once
+	e.from = fromMemory
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if version == c.version.Load() {
+		c.remember(k, e)
+	}
+	return &hit
+}
+
+// remember keeps a small entry in memory.
+func (c *Cache) remember(k key, e *Entry) {
+	weight := e.weight + 1<<10
+	runtime.AddCleanup(e, func(weight int64) { c.inMemory.Add(-weight) }, weight)
+	if c.inMemory.Add(weight) > maxMemory {
+		c.memory.Clear() // to read them again is cheap
+	}
+	c.memory.Store(k, e)
+}
+
+// claim makes the caller the one who fetches, unless another does already: it
+// then returns that one's download. It returns none if something has been
+// stored or removed since the look-up, which had better be repeated.
+func (t *transaction) claim() (d *download, mine bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	d = t.downloads[t.key]
+	if d != nil || t.version != t.Cache.version.Load() {
+		return d, false
+	}
+	d = &download{Cache: t.Cache, key: t.key, began: time.Now(), known: make(chan struct{})}
+	d.grew.L = &d.mu
+	t.downloads[t.key] = d
+	return d, true
+}
+
+// wait waits until it is known what another one's download brings, and reports
+// whether to look for that. Nobody waits for what may not be meant for all, and
+// nobody for longer than joinWait.
+func (t *transaction) wait(d *download) bool {
+	t.mu.Lock()
+	unshared := t.unshared[t.key].After(t.now())
+	t.mu.Unlock()
+	part := t.stored == nil && t.req.Header.Has("Range") // which the origin may send at once
+	if unshared || part || t.req.Header.Has("Authorization") || wantsReload(t.req.Header) {
+		return false
+	}
+	select {
+	case <-d.known:
+		return true
+	case <-time.After(time.Until(d.began.Add(joinWait))):
+		return false
+	}
+}
+
+// release ends a download that has not begun. After a plain GET it remembers
+// that there was nothing to share, or all who want the same would be served
+// one after another.
+func (t *transaction) release(d *download) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if d.entry != nil {
+		return
+	}
+	t.forget(d)
+	close(d.known)
+	if !t.req.Header.Has("Range") {
+		makeRoom(t.unshared)
+		t.unshared[d.key] = t.now().Add(unsharedWait)
+	}
+}
+
+// forget takes a download off the map, and reports whether it was there. The
+// caller holds the lock.
+func (c *Cache) forget(d *download) bool {
+	if c.downloads[d.key] != d {
+		return false
+	}
+	delete(c.downloads, d.key)
+	return true
+}
+
+// due counts a request that has to be fetched, and reports whether its answer
+// is to be stored.
+func (t *transaction) due() bool {
+	if t.uses <= 1 || t.stored != nil {
+		return true
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	makeRoom(t.seen)
+	times := append(t.seen[t.key], t.now())
+	times = times[max(0, len(times)-t.uses):]
+	t.seen[t.key] = times
+	return len(times) == t.uses && t.now().Sub(times[0]) <= usesWindow
+}
+
+// makeRoom empties a map that has grown large: to begin anew is cheaper than
+// to find out what is old.
+func makeRoom[V any](m map[key]V) {
+	if len(m) >= maxKeys {
+		clear(m)
+	}
+}
+
+// store puts a response into the store if it may and is worth it, and returns
+// the entry: its content is from now on where the body is. Else it returns
+// nil, and the body is still that of the response.
+func (t *transaction) store(d *download, res *Response) *Entry {
+	may, why := storable(t.req, res, t.CacheConfig)
+	if !may {
+		t.status.Detail = why
+		if d != nil && t.stored != nil && isHeuristic(res.Status) {
+			t.invalidate(d.key) // what the origin says now takes its place, even so
+		}
+	}
+	if !may || d == nil {
+		return nil
+	}
+	e := t.newEntry(res)
+	file, err := t.create(e)
+	if err != nil {
+		t.status.Detail = "disk-error"
+		t.trouble(err)
+		return nil
+	}
+	e.assess(t.ttl, t.now())
+	if t.stored != nil {
+		d.replaces = t.stored.weight
+	}
+	t.status.Stored = true
+
+	t.mu.Lock()
+	d.entry, d.file, d.body = e, file, res.Body
+	t.memory.Delete(d.key)
+	t.mu.Unlock()
+	joined := d.join()
+	joined.content.(*follower).first = true
+	d.firstReads = true
+	close(d.known)
+	if res.Ready {
+		d.run() // a body that is here already, as most are, needs no goroutine
+	} else {
+		go t.guard(d.run)
+	}
+	return joined
+}
+
+// commit puts a finished file in its place, unless what is stored under the
+// key has been invalidated since the download began.
+func (d *download) commit() {
+	c := d.Cache
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.forget(d) || d.file.rename(fileName(d.key)) != nil {
+		d.file.remove()
+		return
+	}
+	c.version.Add(1)
+	delete(c.unshared, d.key)
+	c.size += d.file.written - d.replaces
+	if d.replaces == 0 {
+		c.files++
+	}
+	if c.size > c.limit {
+		c.files, c.size = 0, 0 // trim adds what it finds
+		go c.guard(func() { c.trim(false) })
+	}
+}
+
+// invalidate removes what is stored under a key, or on its way there.
+func (c *Cache) invalidate(k key) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.downloads, k)
+	c.memory.Delete(k)
+	c.version.Add(1)
+	c.root.Load().Remove(fileName(k))
+}
+
+// invalidateBy removes what a request has made invalid that may have changed
+// things on the origin (RFC 9111 §4.4).
+func (t *transaction) invalidateBy(res *Response) {
+	here := "http://" + t.req.URL.Host()
+	for _, reference := range []string{t.req.URL.Path,
+		res.Header.Get("Location"), res.Header.Get("Content-Location")} {
+		if path := strings.TrimPrefix(reference, here); strings.HasPrefix(path, "/") {
+			t.invalidate(key{url: t.req.URL.Host() + path})
+		}
+	}
+}
+
+// trouble tells the operator, once a minute, why things are not stored, and
+// makes room if the disk is full.
+func (c *Cache) trouble(err error) {
+	now, last := c.now().Unix(), c.warned.Load()
+	if err == errTooLarge || now-last < 60 || !c.warned.CompareAndSwap(last, now) {
+		return
+	}
+	c.warn(fmt.Errorf("not stored: %w", err))
+	if errors.Is(err, syscall.ENOSPC) {
+		go c.guard(func() { c.trim(true) })
+	}
+}
+
+// A download is a response on its way into the store. Every client, also the
+// one who caused it, reads the file as it grows, at its own pace: there is
+// none on whom the others depend.
+type download struct {
+	*Cache
+	key      key
+	began    time.Time
+	replaces int64         // bytes of the file in whose place it comes
+	known    chan struct{} // is closed when it is known whether there is something to share
+
+	// What there is to share. It is set once, under the cache's lock.
+	entry *Entry
+	body  io.ReadCloser // from the origin, or of the entry that is renewed
+	file  *cacheFile    // all readers share it, as its name may be gone
+
+	mu         sync.Mutex // guards the rest; taken last
+	grew       sync.Cond  // there is more, or no more comes
+	size       int64      // bytes of the body that may be read
+	err        error      // io.EOF when all has come, or what broke it off
+	readers    int
+	firstReads bool // who caused it is one of them
+}
+
+// run brings the body into the file.
+func (d *download) run() {
+	err := errors.New("a bug ended the download") // unless another takes its place
+	defer func() { d.finish(err) }()
+	if renewed, ok := d.body.(*fileSection); ok {
+		err = d.copyFile(renewed)
+	} else {
+		_, err = io.Copy(d, io.TeeReader(d.body, d.file))
+	}
+	if err == nil && d.file.written == 0 {
+		_, err = d.file.Write(nil) // the head goes without a body
+	}
+}
+
+// copyFile copies the body from file to file, which Linux does inside the
+// kernel, in steps that can be read meanwhile.
+func (d *download) copyFile(old *fileSection) error {
+	_, err := d.file.Write(nil) // the head
+	old.of.file.Seek(old.of.start, io.SeekStart)
+	for err == nil && d.file.written-d.file.start < d.entry.Length {
+		var n int64
+		n, err = io.CopyN(d.file.File, old.of.file, min(copyStep, d.entry.Length-d.size))
+		d.file.written += n
+		d.announce(n)
+	}
+	d.file.full = err != nil
+	old.Seek(d.size, io.SeekStart) // where the first reader goes on if it is
+	return err
+}
+
+// Write tells the readers of what has just been written to the file.
+func (d *download) Write(p []byte) (int, error) {
+	d.announce(int64(len(p)))
+	return len(p), nil
+}
+
+// announce lets readers have n more bytes, but not the last ones of a known
+// length: the entry has to be in its place when a client has all of it.
+func (d *download) announce(n int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.size+n != d.entry.Length {
+		d.size += n
+		d.grew.Broadcast()
+	}
+}
+
+// finish puts the file in its place if the body is whole, and lets the readers
+// have the rest. If the file took no more, the first reader goes on without it.
+func (d *download) finish(err error) {
+	unstored := err
+	if err == nil && d.entry.Length < 0 {
+		_, unstored = d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-24)
+	}
+	if unstored == nil {
+		d.commit()
+	} else {
+		d.Cache.mu.Lock()
+		d.forget(d)
+		d.Cache.mu.Unlock()
+		d.file.remove()
+	}
+	if d.file.full {
+		d.trouble(err)
+	}
+
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err == nil {
+		d.size = d.file.written - d.file.start
+	}
+	d.err = cmp.Or(err, io.EOF)
+	d.grew.Broadcast()
+	if !d.file.full || !d.firstReads {
+		d.body.Close()
+	}
+	if d.readers == 0 {
+		d.file.Close()
+	}
+}
+
+// join adds a reader, and returns the entry for it, or nil if it is too late.
+func (d *download) join() *Entry {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.err != nil {
+		return nil
+	}
+	d.readers++
+	e := *d.entry
+	e.content = &follower{download: d}
+	e.from = fromDownload
+	return &e
+}
+
+// A follower reads a download, and waits for what has not come yet.
+type follower struct {
+	*download
+	first    bool // caused the download
+	off, end int64
+	to       flusher   // is flushed before it waits
+	rest     io.Reader // what the file did not take
+}
+
+func (f *follower) feeds(to flusher) { f.to = to }
+
+func (f *follower) section(off, n int64) io.ReadCloser {
+	f.off, f.end = off, off+n
+	if n < 0 {
+		f.end = maxLength
+	}
+	return f
+}
+
+func (f *follower) Read(p []byte) (int, error) {
+	p = p[:min(int64(len(p)), f.end-f.off)]
+	if len(p) == 0 {
+		return 0, io.EOF
+	}
+	available, err := f.await()
+	switch {
+	case available > 0:
+		p = p[:min(int64(len(p)), available)]
+		n, err := f.file.ReadAt(p, f.file.start+f.off)
+		f.off += int64(n)
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF // somebody has cut the file
+		}
+		return n, err
+	case f.file.full && f.first:
+		return f.readOn(p)
+	}
+	return 0, err
+}
+
+// await waits for bytes, and returns how many there are, or why there are no
+// more. The client must not wait for what is here already.
+func (f *follower) await() (int64, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.size <= f.off && f.err == nil && f.to != nil {
+		f.mu.Unlock()
+		f.to.Flush()
+		f.mu.Lock()
+	}
+	for f.size <= f.off && f.err == nil {
+		f.grew.Wait()
+	}
+	return f.size - f.off, f.err
+}
+
+// readOn reads what the file did not take: the piece that did not fit, and
+// then the rest from where it comes.
+func (f *follower) readOn(p []byte) (int, error) {
+	if f.rest == nil {
+		if source, waits := f.body.(interface{ feeds(flusher) }); waits {
+			source.feeds(f.to)
+		}
+		f.rest = io.MultiReader(bytes.NewReader(f.file.refused), f.body)
+		io.CopyN(io.Discard, f.rest, f.off-f.size) // a range may begin further on
+	}
+	n, err := f.rest.Read(p)
+	f.off += int64(n)
+	return n, err
+}
+
+// Close ends the reading. What nobody reads any more is finished if little of
+// it is left, and else dropped.
+func (f *follower) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.readers--
+	over := f.err != nil
+	if over && f.readers == 0 {
+		f.file.Close()
+	}
+	dropped := !over && f.readers == 0 && (f.entry.Length < 0 || f.entry.Length-f.size > maxUnread)
+	if dropped {
+		f.err = errors.New("nobody reads it any more") // and nobody joins it
+	}
+	if f.first {
+		f.firstReads = false
+	}
+	if dropped || over && f.first && f.file.full {
+		f.body.Close()
+	}
+	return nil
+}
+
+// Sizes and waits.
+const (
+	maxInMemory  = 1 << 20          // bytes of a body that memory may answer with
+	maxMemory    = 16 << 20         // bytes of all these; twice that with those that slow clients read
+	maxUnread    = 1 << 20          // bytes of a download that are fetched though nobody reads it
+	maxKeys      = 1 << 16          // what is remembered about URLs that are not stored
+	maxSeconds   = 1 << 31          // of an age or a lifetime (RFC 9111 §1.2.2)
+	copyStep     = 8 << 20          // bytes that are copied from file to file at a time
+	memoryTrust  = time.Second      // for which memory answers without a look at the file
+	joinWait     = 5 * time.Second  // for the head of a response that another has asked for
+	unsharedWait = 2 * time.Minute  // in which nobody waits for what could not be stored
+	usesWindow   = 10 * time.Minute // in which the uses of a URL are counted
+	strayWait    = time.Hour        // after which a temporary file has been left by a crash
+)
+
+// An outcome says how a request was answered, in the words of Squid's log.
+type outcome string
+
+const (
+	fileHit           outcome = "TCP_HIT"
+	memoryHit         outcome = "TCP_MEM_HIT"
+	notModifiedHit    outcome = "TCP_IMS_HIT" // the client has it already
+	miss              outcome = "TCP_MISS"
+	clientRefresh     outcome = "TCP_CLIENT_REFRESH_MISS" // the client wanted it from the origin
+	refreshModified   outcome = "TCP_REFRESH_MODIFIED"
+	refreshUnmodified outcome = "TCP_REFRESH_UNMODIFIED"
+	refreshFailed     outcome = "TCP_REFRESH_FAIL_OLD" // the origin failed: stale
+)
+
+// isHit reports whether no origin was asked.
+func (o outcome) isHit() bool { return o == fileHit || o == memoryHit || o == notModifiedHit }
+
+// A reason says in a word why the origin was asked (RFC 9211 §2.2), or why its
+// answer is not stored (§2.8).
+type reason string
+
+// A CacheStatus tells a client how its request was answered (RFC 9211).
+type CacheStatus struct {
+	Outcome       outcome
+	TTL           time.Duration // of a hit: for how long it is still fresh
+	Forward       reason        // why the origin was asked
+	ForwardStatus int           // what it answered
+	Stored        bool
+	Collapsed     bool   // another request had asked for it
+	Detail        reason // why it is not stored
+}
+
+func (s CacheStatus) String() string {
+	if s.Outcome.isHit() && !s.Collapsed {
+		return fmt.Sprintf("proxy; hit; ttl=%d", s.TTL/time.Second)
+	}
+	text := "proxy; fwd=" + string(s.Forward)
+	if s.ForwardStatus != 0 {
+		text += fmt.Sprintf("; fwd-status=%d", s.ForwardStatus)
+	}
+	if s.Stored {
+		text += "; stored"
+	}
+	if s.Collapsed {
+		text += "; collapsed"
+	}
+	if s.Detail != "" {
+		text += "; detail=" + string(s.Detail)
+	}
+	return text
+}
+
+// cacheControl returns the directives of Cache-Control as a header, with
+// names in lower case and without quotes around arguments (RFC 9111 §5.2).
+// Some origins write a semicolon between them.
+func cacheControl(h Header) Header {
+	var directives Header
+	for _, f := range h {
+		if !equalFold(f.Name, "Cache-Control") {
+			continue
+		}
+		for _, directive := range splitList(f.Value, ",;") {
+			name, argument, _ := strings.Cut(directive, "=")
+			directives = append(directives, Field{strings.ToLower(name), strings.Trim(argument, `"`)})
+		}
+	}
+	return directives
+}
+
+// isBare reports whether a directive is there without an argument.
+func isBare(directives Header, name string) bool {
+	return slices.Contains(directives, Field{name, ""})
+}
+
+// seconds returns the argument of a directive as a time, 0 if it is malformed
+// (RFC 9111 §4.2.1).
+func seconds(directives Header, name string) time.Duration {
+	n, _ := strconv.ParseUint(directives.Get(name), 10, 63) // too large a number is the largest
+	return time.Duration(min(n, maxSeconds)) * time.Second
+}
+
+// wantsReload reports whether a request wants nothing that has been stored
+// before (RFC 9111 §5.2.1.4, §5.4).
+func wantsReload(h Header) bool {
+	directives := cacheControl(h)
+	if len(directives) == 0 {
+		return containsFold(h.Values("Pragma"), "no-cache")
+	}
+	return isBare(directives, "no-cache")
+}
+
+// storable reports whether a shared cache may store the response to a request
+// (RFC 9111 §3), and whether that is of use, or else why not.
+func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
+	h := res.Header
+	directives := cacheControl(h)
+	has := directives.Has
+	understood := isHeuristic(res.Status)
+	explicit := has("max-age") || has("s-maxage") || h.Has("Expires")
+	forAll := has("public") || has("must-revalidate") || has("s-maxage")
+	personal := authenticatesConnection(req.Header, "Authorization") ||
+		authenticatesConnection(h, "WWW-Authenticate")
+	reserved := func(name string) bool { return containsFold([]string{"*", "Date", "Generation"}, name) }
+	switch {
+	case req.Method != "GET":
+		return false, ""
+	case cacheControl(req.Header).Has("no-store"):
+		return false, "request-no-store"
+	case has("no-store") && !(has("must-understand") && understood):
+		return false, "no-store"
+	case isBare(directives, "private"):
+		return false, "private"
+	case h.Has("Set-Cookie"):
+		return false, "set-cookie"
+	case slices.ContainsFunc(h.Values("Vary"), reserved):
+		return false, "vary"
+	case personal, req.Header.Has("Authorization") && !forAll:
+		return false, "authorization"
+	case !config.shareInner && isInner(res.Origin):
+		return false, "inner-address"
+	case slices.Contains([]int{206, 304, 416}, res.Status), has("must-understand") && !understood:
+		return false, "status"
+	case !explicit && !understood && !has("public"),
+		lifetime(res, config.ttl) <= 0 && !hasValidator(h):
+		return false, "no-freshness"
+	case res.Length > config.limit, len(h) > maxFields-8:
+		return false, "too-large"
+	}
+	return true, ""
+}
+
+// isHeuristic reports whether responses with a status may be stored that do
+// not tell how long they are fresh (RFC 9110 §15.1).
+func isHeuristic(status int) bool {
+	return slices.Contains([]int{200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501}, status)
+}
+
+func isSafe(method string) bool {
+	return slices.Contains([]string{"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT", "SEARCH"}, method)
+}
+
+// lifetime returns for how long a response is fresh (RFC 9111 §4.2.1). If it
+// does not tell, that is a tenth of the time since its last change, a week at
+// most (§4.2.2), and at least ttl.
+func lifetime(res *Response, ttl time.Duration) time.Duration {
+	directives := cacheControl(res.Header)
+	date := httpDate(res.Header.Get("Date"))
+	switch {
+	case isBare(directives, "no-cache"):
+		return 0
+	case directives.Has("s-maxage"):
+		return seconds(directives, "s-maxage")
+	case directives.Has("max-age"):
+		return seconds(directives, "max-age")
+	case res.Header.Has("Expires"):
+		return httpDate(res.Header.Get("Expires")).Sub(date)
+	case !isHeuristic(res.Status) && !directives.Has("public"):
+		return 0
+	}
+	changed := httpDate(res.Header.Get("Last-Modified"))
+	if changed.IsZero() {
+		return ttl
+	}
+	return max(ttl, min(date.Sub(changed)/10, 7*24*time.Hour))
+}
+
+// assess works out what the header says about time (RFC 9111 §4.2). The age
+// counts from the earlier of Date and of when it was 0 by the Age field. If
+// that is still to come, the clock has been set back, and nobody knows.
+func (e *Entry) assess(ttl time.Duration, now time.Time) {
+	age, _ := strconv.ParseUint(e.Header.Get("Age"), 10, 63)
+	e.born = httpDate(e.request.Get("Date")).Add(-time.Duration(min(age, maxSeconds)) * time.Second)
+	if date := httpDate(e.Header.Get("Date")); date.Before(e.born) {
+		e.born = date
+	}
+	if e.born.After(now) {
+		e.born = time.Time{}
+	}
+	e.lifetime = lifetime(&e.Response, ttl)
+	directives := cacheControl(e.Header)
+	e.strict = directives.Has("s-maxage") || directives.Has("must-revalidate") ||
+		directives.Has("proxy-revalidate") || isBare(directives, "no-cache")
+	e.Header = e.Header.Without("Age", "Content-Length")
+}
+
+// satisfies reports whether the entry may answer a request as it is, or else
+// why not (RFC 9111 §4.2, §5.2.1). What has come since the request was made
+// is new enough, however long it took.
+func (e *Entry) satisfies(h Header, asked time.Time) (bool, reason) {
+	directives := cacheControl(h)
+	age := asked.Sub(e.born)
+	left := e.lifetime - age
+	switch {
+	case wantsReload(h),
+		directives.Has("max-age") && age >= seconds(directives, "max-age"),
+		directives.Has("min-fresh") && left < seconds(directives, "min-fresh"):
+		return false, "request"
+	case left > 0:
+		return true, ""
+	case !e.strict && (isBare(directives, "max-stale") || -left < seconds(directives, "max-stale")):
+		return true, ""
+	}
+	return false, "stale"
+}
+
+// mayStandIn reports whether a stale entry may be used because the origin
+// failed. res is nil if there was no answer at all: then it may, unless that
+// is forbidden (RFC 9111 §4.2.4). For an error it must be allowed (RFC 5861 §4).
+func (e *Entry) mayStandIn(h Header, res *Response, now time.Time) bool {
+	if e.strict || wantsReload(h) {
+		return false
+	}
+	own := cacheControl(e.Header)
+	if res == nil && !own.Has("stale-if-error") {
+		return true
+	}
+	if res != nil && !slices.Contains([]int{500, 502, 503, 504}, res.Status) {
+		return false
+	}
+	allowed := max(seconds(own, "stale-if-error"), seconds(cacheControl(h), "stale-if-error"))
+	return now.Sub(e.born)-e.lifetime < allowed
+}
+
+// selectingFields returns the request fields that Vary names, in one spelling
+// for what means the same: lines joined, no space around commas, languages
+// and codings in any case and order (RFC 9111 §4.1).
+func selectingFields(stored, req Header) Header {
+	var selecting Header
+	for _, name := range stored.Values("Vary") {
+		elements := req.Values(name)
+		if len(elements) == 0 || selecting.Has(name) {
+			continue
+		}
+		value := strings.Join(elements, ",")
+		if equalFold(name, "Accept-Language") || equalFold(name, "Accept-Encoding") {
+			elements = strings.Split(strings.ToLower(strings.ReplaceAll(value, " ", "")), ",")
+			slices.Sort(elements)
+			value = strings.Join(elements, ",")
+		}
+		selecting = append(selecting, Field{strings.ToLower(name), value})
+	}
+	return selecting
+}
+
+func (e *Entry) selectedBy(req Header) bool {
+	return !e.Header.Has("Vary") ||
+		slices.Equal(selectingFields(e.Header, e.request), selectingFields(e.Header, req))
+}
+
+func hasValidator(h Header) bool { return h.Has("ETag") || h.Has("Last-Modified") }
+
+// withValidators returns the header of a request that asks whether what is
+// stored is still good, in place of the client's own conditions (RFC 9111
+// §4.3.1).
+func withValidators(h, stored Header) Header {
+	h = h.Without("If-None-Match", "If-Modified-Since")
+	for _, f := range stored {
 		switch {
-		case device && i == 0, b == '.' && (i == 0 || i == len(url)-1), strings.IndexByte(plain, b) < 0:
-			name = fmt.Appendf(name, "%%%02x", b)
+		case equalFold(f.Name, "ETag"):
+			h = append(h, Field{"If-None-Match", f.Value})
+		case equalFold(f.Name, "Last-Modified"):
+			h = append(h, Field{"If-Modified-Since", f.Value})
+		}
+	}
+	return h
+}
+
+// updated returns the stored header after a 304, whose fields take the place
+// of the stored ones, but for those that describe the body as it is stored
+// (RFC 9111 §3.2), and cookies.
+func updated(stored, validation Header) Header {
+	newer := validation.endToEnd("Content-Encoding", "Content-Range", "Set-Cookie")
+	var names []string
+	for _, f := range newer {
+		names = append(names, f.Name)
+	}
+	return append(stored.Without(names...), newer...)
+}
+
+// sameTag reports whether two entity tags may mean the same representation:
+// one of them is missing, or they are equal but for being weak.
+func sameTag(a, b string) bool {
+	return a == "" || b == "" || strings.TrimPrefix(a, "W/") == strings.TrimPrefix(b, "W/")
+}
+
+// tailor makes a whole response the answer to a request: 304 if the client has
+// it already (RFC 9110 §13.2.2), one range of it (§14), or all.
+func tailor(req *Request, res *Response, body content) *Response {
+	status, off, n := res.Status, int64(0), res.Length
+	if res.Status == 200 && notModified(req.Header, res.Header) {
+		status, n = 304, 0
+	} else if res.Status == 200 && req.Method == "GET" && n >= 0 {
+		status, off, n = byteRange(req.Header, res.Header, res.Length)
+	}
+	extent := ""
+	switch status {
+	case 206:
+		extent = fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, res.Length)
+	case 416:
+		extent = fmt.Sprintf("bytes */%d", res.Length)
+	}
+	if extent != "" {
+		res.Header = append(res.Header, Field{"Content-Range", extent})
+	}
+	if status != res.Status {
+		res.Status, res.Reason, res.Length = status, statusText[status], n
+	}
+	res.Body = body.section(off, n)
+	return res
+}
+
+// notModified reports whether a condition of the request says that the client
+// has the stored response already (RFC 9110 §13.2.2).
+func notModified(req, stored Header) bool {
+	if tags := req.Values("If-None-Match"); len(tags) > 0 {
+		tag := strings.TrimPrefix(stored.Get("ETag"), "W/")
+		return slices.Contains(tags, "*") ||
+			tag != "" && (slices.Contains(tags, tag) || slices.Contains(tags, "W/"+tag))
+	}
+	since := httpDate(req.Get("If-Modified-Since"))
+	changed := httpDate(cmp.Or(stored.Get("Last-Modified"), stored.Get("Date")))
+	return !since.IsZero() && !changed.IsZero() && !changed.After(since)
+}
+
+var rangePattern = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
+
+// byteRange returns which n bytes of a body, from off on, a request wants:
+// with status 206, or 416 if there are none, or 200 if it wants all of them
+// (RFC 9110 §14). What is malformed, or is of another representation by
+// If-Range (§13.1.5), counts as none.
+func byteRange(req, stored Header, size int64) (status int, off, n int64) {
+	wanted := rangePattern.FindStringSubmatch(req.Get("Range"))
+	if wanted == nil || wanted[1]+wanted[2] == "" || !sameRepresentation(req.Get("If-Range"), stored) {
+		return 200, 0, size
+	}
+	first, _ := strconv.ParseInt(wanted[1], 10, 64) // too large a number is the largest
+	last, _ := strconv.ParseInt(wanted[2], 10, 64)
+	switch {
+	case wanted[1] == "":
+		first, last = max(0, size-last), size-1
+	case wanted[2] == "":
+		last = max(first, size-1)
+	case last < first:
+		return 200, 0, size
+	}
+	if first >= size {
+		return 416, 0, 0
+	}
+	return 206, first, min(last, size-1) + 1 - first
+}
+
+// sameRepresentation reports whether If-Range, if there is any, names what is
+// stored: by a strong tag, or by the very date of the last change.
+func sameRepresentation(ifRange string, stored Header) bool {
+	if ifRange == "" {
+		return true
+	}
+	if strings.HasPrefix(ifRange, `"`) {
+		return ifRange == stored.Get("ETag")
+	}
+	return ifRange == stored.Get("Last-Modified")
+}
+
+const dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
+
+// httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly
+// but for case and the name of the day. What is none is the zero time.
+func httpDate(s string) time.Time {
+	s = strings.ToUpper(s[max(0, strings.IndexAny(s, ", ")):])
+	for _, layout := range []string{dateFormat[3:], ", 02-Jan-06 15:04:05 GMT", " Jan _2 15:04:05 2006"} {
+		t, err := time.Parse(layout, s)
+		if err == nil && strings.EqualFold(t.Format(layout), s) {
+			return t
+		}
+	}
+	return time.Time{}
+}
+
+// newEntry makes an entry of a response. It holds the fields that are end to
+// end, without those that are for one client alone by no-cache or private.
+func (t *transaction) newEntry(res *Response) *Entry {
+	var leftOut []string
+	for _, d := range cacheControl(res.Header) {
+		if d.Name == "private" || d.Name == "no-cache" {
+			leftOut = append(leftOut, strings.Fields(strings.ReplaceAll(d.Value, ",", " "))...)
+		}
+	}
+	e := &Entry{Response: *res, url: t.key.url}
+	e.Header = res.Header.endToEnd(leftOut...)
+	e.request = append(Header{{"Date", t.asked.UTC().Format(dateFormat)}},
+		selectingFields(e.Header, t.req.Header)...)
+	if e.Header.Has("Vary") {
+		generation := rand.Text()
+		if t.stored != nil {
+			generation = cmp.Or(t.stored.request.Get("Generation"), generation)
+		}
+		e.request = append(e.request, Field{"Generation", generation})
+	}
+	return e
+}
+
+// temporary begins the name of a file that is not whole.
+const temporary = "+download-"
+
+// What stands for itself in the name of a file.
+const plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
+
+// fileName returns the name of the file for a key. "/" becomes "_", as in the
+// lab; upper case, "_" and most else is escaped. So no two keys share a file
+// on any system, and no name is hidden, ends in a dot, or is that of a device
+// on Windows. What is too long is cut, and ends in a hash.
+func fileName(k key) string {
+	stem, _, _ := strings.Cut(k.url, ".")
+	stem = strings.TrimRight(stem, "0123456789")
+	device := containsFold([]string{"con", "prn", "aux", "nul", "com", "lpt"}, stem)
+	name := make([]byte, 0, len(k.url)+20)
+	for i, b := range []byte(k.url) {
+		first, last := i == 0, i == len(k.url)-1
+		plain := strings.IndexByte(plainCharacters, b) >= 0
+		switch {
 		case b == '/':
 			name = append(name, '_')
+		case !plain, first && device, b == '.' && (first || last):
+			name = fmt.Appendf(name, "%%%02x", b)
 		default:
 			name = append(name, b)
 		}
 	}
 	if len(name) > 160 {
-		name = fmt.Appendf(name[:120], "+%.16x", sha256.Sum256([]byte(url)))
+		name = fmt.Appendf(name[:120], "+%.16x", sha256.Sum256([]byte(k.url)))
 	}
-	return string(name) + variant
+	return string(name) + k.variant
 }
 
-// varied returns the fields of req that Vary names (RFC 9111 §4.1), in one spelling for what means the
-// same: lines joined, no space around commas; languages and codings in any case and order.
-func (e *Entry) varied(req *Head) []Field {
-	var h Head
-	for _, name := range e.list("Vary") {
-		if h.Get(name) != "" {
-			continue // to join 60 KiB once for each time that it is named took seconds
-		}
-		elements := req.list(name)
-		if len(elements) > 0 && oneOf(name, "Accept-Language", "Accept-Encoding") {
-			all := strings.ToLower(strings.ReplaceAll(strings.Join(elements, ","), " ", ""))
-			elements = slices.Sorted(strings.SplitSeq(all, ","))
-		}
-		value := cmp.Or(strings.Join(elements, ","), `""`) // there is one, and it is empty
-		h.Set(strings.ToLower(name), choose(len(elements) > 0, value, ""))
-	}
-	return h.Fields
-}
-func (e *Entry) holds(req *Head) bool      { status, _, _ := e.part(req); return status != 0 }
-func (e *Entry) selectedBy(req *Head) bool { return slices.Equal(e.varied(e.req), e.varied(req)) }
+// lengthFormat leaves room for a length that is not known yet. It stands last
+// in the head.
+const lengthFormat = "%20d"
 
-// lookup returns the entry that req selects, or nil, and the key for one. Under the URL itself is one
-// whose Vary tells what selects, others are beside it, by a hash. A part of that is new with each first
-// one: after an invalidation the variants of before are out of reach.
-func (c *Cache) lookup(url string, req *Head) (e *Answer, key string, changes int64) {
-	key = url
-	if e, changes = c.find(url); e != nil && !e.selectedBy(req) {
-		selected := fmt.Appendf(nil, "%q%q", e.req.Get("Generation"), e.varied(req))
-		key = fmt.Sprintf("%s\n~%.8x", url, sha256.Sum256(selected))
-		e.Close()
-		e, _ = c.find(key)
-	}
-	if e != nil && (key != url && !e.selectedBy(req) || e.Status == 206 && !e.holds(req)) {
-		e.Close()
-		e = nil
-	}
-	return e, key, changes
+// transcript returns what stands in front of the body in a file.
+func (e *Entry) transcript() []byte {
+	b := append([]byte("GET http://"), e.url+" HTTP/1.1\r\n"...)
+	b = append(e.request.appendTo(b), "\r\n"...)
+	b = append(b, "HTTP/1.1 "+strconv.Itoa(e.Status)+" "+e.Reason+"\r\n"...)
+	b = e.Header.appendTo(b)
+	return fmt.Appendf(b, "Content-Length: "+lengthFormat+"\r\n\r\n", e.Length)
 }
 
-// find returns what is under a key: on its way, in memory, or in the file; and the changes up to then.
-// Memory is good for a second, so what is removed, or replaced by another process, is soon forgotten too.
-func (c *Cache) find(key string) (a *Answer, changes int64) {
-	unlock := lock(c)
-	e, changes := c.under[key], c.changes
-	if e != nil && e.shared {
-		a = &Answer{Entry: e}
-		e.users = append(e.users, a)
-	} else if e = c.memory[key]; e != nil && now().Sub(e.read) <= time.Second {
-		a = &Answer{Entry: e}
-	}
-	if unlock(); a != nil {
-		return a, changes
-	} else if e = c.open(fileName(key)); e == nil {
-		return nil, changes
-	}
-	if t := now(); t.Sub(e.used) > time.Minute { // which trim goes by
-		os.Chtimes(e.file.Name(), t, t)
-	}
-	if e.size > maxObject || c.inMemory.Load() > 2*maxMemory { // e.g., slow clients are sent so many
-		return &Answer{Entry: e}, changes
-	}
-	memory, weight := make([]byte, e.size), e.taken+1<<10
-	_, err := e.file.ReadAt(memory, e.off)
-	e.file.Close()
-	runtime.AddCleanup(e, func(weight int64) { c.inMemory.Add(-weight) }, weight) // when nobody uses it
-	defer lock(c)()
-	if c.inMemory.Add(weight) > maxMemory { // to read them again is cheap
-		clear(c.memory)
-	}
-	if e.file, e.taken, e.memory, e.read = nil, e.off, memory, now(); changes == c.changes && err == nil {
-		c.memory[key] = e
-	}
-	return choose(err == nil, &Answer{Entry: e}, nil), changes
+// A cacheFile is a file that is being written. It keeps what it could not
+// write, so that nothing is lost.
+type cacheFile struct {
+	*os.File
+	root    *os.Root
+	name    string
+	head    []byte // what stands in front of the body
+	start   int64  // where the body begins
+	written int64  // bytes
+	limit   int64  // bytes that it may take
+	full    bool   // it took no more
+	refused []byte // the piece of the body that it did not take
 }
 
-// open returns what is in a file, nil if that is damaged or not ours: its name has to follow from the URL
-// in it, its size from Content-Length.
-func (c *Cache) open(name string) (e *Entry) {
-	info, err := os.Lstat(c.dir + "/" + name)
-	if err != nil || !info.Mode().IsRegular() { // a pipe would hold us up
-		return nil
+var errTooLarge = errors.New("more than the cache may hold")
+
+// create makes a new file for an entry, of which nothing is written yet. If
+// somebody has removed the directory, it makes that anew.
+func (c *Cache) create(e *Entry) (*cacheFile, error) {
+	f := &cacheFile{name: temporary + rand.Text(), head: e.transcript(), limit: c.limit}
+	f.start = int64(len(f.head))
+	open := func() (err error) {
+		f.root = c.root.Load()
+		f.File, err = f.root.OpenFile(f.name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		return err
 	}
-	file, _ := os.Open(c.dir + "/" + name) // nil reads as an error
-	text := Conn{in: bufio.NewReader(file), room: 4 * maxHead}
-	if attempt(func() {
-		e = &Entry{file: file, used: info.ModTime(), err: io.EOF}
-		e.req, e.Head = text.head(false), text.head(true)
-		e.size, _ = digits(e.Get("Content-Length"))
-		e.off, _ = file.Seek(-int64(text.in.Buffered()), io.SeekCurrent)
-		e.taken = e.off + e.size
-		ours := strings.HasPrefix(name+"~", fileName(strings.TrimPrefix(e.req.Line[1], "http://"))+"~")
-		must(ours && e.taken == info.Size(), "502 damaged")
-	}) != nil {
-		file.Close()
-		return nil
+	err := open()
+	if errors.Is(err, fs.ErrNotExist) && c.openRoot() == nil {
+		err = open()
 	}
-	e.assess(c.ttl)
-	e.Del("Age", "Content-Length")
-	return e
+	return f, err
 }
 
-// arguments returns those of all directives of some names in Cache-Control, "" for one that has none; is
-// tells whether one has none, seconds is the first as a number, 0 if malformed (RFC 9111 §4.2.1).
-func (h *Head) arguments(names ...string) (all []string) {
-	for _, directive := range h.list("Cache-Control") {
-		if name, argument, _ := strings.Cut(directive, "="); oneOf(name, names...) {
-			all = append(all, strings.Trim(argument, `"`))
-		}
+// openRoot opens the directory. It stays open, so that a file costs fewer
+// system calls.
+func (c *Cache) openRoot() error {
+	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+		return err
 	}
-	return all
-}
-func (h *Head) is(names ...string) bool { return slices.Contains(h.arguments(names...), "") }
-func (h *Head) seconds(name string, otherwise int64) int64 {
-	if all := h.arguments(name); len(all) > 0 {
-		otherwise, _ = digits(all[0])
-	}
-	return min(otherwise, maxSeconds)
-}
-
-// httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly but for case and the
-// day's name, as Unix seconds, 0 if it is none.
-func httpDate(s string) int64 {
-	if s == "" {
-		return 0
-	}
-	s = strings.ToUpper(s[max(0, strings.IndexAny(s, ", ")):])
-	for _, layout := range []string{dateFormat[3:], ", 02-Jan-06 15:04:05 GMT", " Jan _2 15:04:05 2006"} {
-		if t, err := time.Parse(layout, s); err == nil && strings.EqualFold(t.Format(layout), s) {
-			return t.Unix()
-		}
-	}
-	return 0
-}
-
-// assess works out what an answer says about time (RFC 9111 §4.2). Its age counts from the earlier of
-// Date and when it was 0 by Age. Where nothing says how long it is fresh, a tenth of the time since its
-// last change, at most a week, is a fair guess.
-func (e *Entry) assess(ttl int64) {
-	age, _ := digits(append(e.list("Age"), "")[0])
-	date := httpDate(e.Get("Date"))
-	e.born = min(date, httpDate(e.req.Get("Date"))-min(age, maxSeconds))
-	e.born = choose(e.born > now().Unix(), 0, e.born) // the clock has been set back: nobody knows
-	e.strict = len(e.arguments("s-maxage")) > 0 || e.is("must-revalidate", "proxy-revalidate", "no-cache")
-	if len(e.list("Expires")) > 0 {
-		e.life = httpDate(e.Get("Expires")) - date
-	} else if slices.Contains(heuristic, e.Status) || e.is("public") {
-		e.life = max(ttl, min((date-cmp.Or(httpDate(e.Get("Last-Modified")), date))/10, 7*24*3600))
-	}
-	e.life = choose(e.is("no-cache"), 0, e.seconds("s-maxage", e.seconds("max-age", e.life)))
-	e.extent()
-}
-
-// extent reads from Content-Range where a part (206) belongs, and tells whether it has that size. Origins
-// that count a byte too many at the end are forgiven.
-func (e *Entry) extent() bool {
-	field := extents.FindStringSubmatch(e.Get("Content-Range"))
-	if field == nil || e.Status != 206 {
-		return false
-	}
-	e.first, _ = digits(field[1])
-	last, _ := digits(field[2])
-	e.all, _ = digits(field[3])
-	if last == e.all-1 && last == e.first+e.size {
-		last, e.all = last-1, e.all-1
-	}
-	return last == e.first+e.size-1 && last < e.all
-}
-
-// judge tells whether a stored answer may be used as it is, with "", else why not, in the words of
-// Cache-Status (RFC 9111 §4, RFC 9211 §2.2). meanwhile says that it may be while it is refreshed. What
-// has come since it was asked for, in Unix seconds, is new enough, however long that took.
-func (e *Entry) judge(req *Head, asked int64) (why string, meanwhile bool) {
-	age := asked - e.born
-	switch ttl := e.life - age; {
-	case req.is("no-cache"), req.Get("Cache-Control") == "" && oneOf("no-cache", req.list("Pragma")...),
-		age >= req.seconds("max-age", age+1), ttl < req.seconds("min-fresh", -endless):
-		return "request", false
-	case ttl > 0, !e.strict && (req.is("max-stale") || -ttl < req.seconds("max-stale", 0)):
-		return "", false
-	default:
-		return "stale", !e.strict && e.Status != 206 && -ttl < e.seconds("stale-while-revalidate", 0)
-	}
-}
-
-// standsIn tells whether a stale answer may be used where the origin failed: altogether (status 0) unless
-// that is forbidden, with an error if that is allowed (RFC 9111 §4.2.4, RFC 5861 §4).
-func (e *Entry) standsIn(req *Head, status int) bool {
-	return !e.strict && !req.is("no-cache") && !oneOf("no-cache", req.list("Pragma")...) &&
-		(status == 0 && len(e.arguments("stale-if-error")) == 0 ||
-			slices.Contains([]int{0, 500, 502, 503, 504}, status) && now().Unix()-e.born-e.life <
-				max(e.seconds("stale-if-error", 0), req.seconds("stale-if-error", 0)))
-}
-
-// part returns which n bytes of the body, from off on, answer req, with status 206 or 416; 304 if its
-// condition says that it has them (RFC 9110 §13.2.2, RFC 9111 §4.3.2); else all, also where several
-// ranges are wanted. Status 0 means that what is stored is a part (206), and not the one.
-func (e *Entry) part(req *Head) (status int, off, n int64) {
-	tags, tag := req.list("If-None-Match"), strings.TrimPrefix(e.Get("ETag"), "W/")
-	changed, had := cmp.Or(e.Get("Last-Modified"), e.Get("Date")), httpDate(req.Get("If-Modified-Since"))
-	if oneOf("*", tags...) || tag != "" && (slices.Contains(tags, tag) || slices.Contains(tags, "W/"+tag)) ||
-		len(tags) == 0 && had > 0 && 0 < httpDate(changed) && httpDate(changed) <= had {
-		return 304, 0, 0
-	}
-	wanted := span.FindStringSubmatch(req.Get("Range"))
-	since := cmp.Or(req.Get("If-Range"), e.Get("Last-Modified"))
-	same := since == e.Get("Last-Modified") || since[0] == '"' && since == e.Get("ETag")
-	all := choose(e.Status == 206, e.all, e.size)
-	if wanted != nil && wanted[1]+wanted[2] != "" && req.Line[0] == "GET" && e.size >= 0 && same {
-		a, _ := digits(wanted[1])
-		b, _ := digits(cmp.Or(wanted[2], "9999999999999999999")) // which saturates
-		if wanted[1] == "" {
-			a, b = max(0, all-b), all
-		}
-		if end := min(b, all-1) + 1; e.first <= a && a < end && end <= e.first+e.size {
-			return 206, a - e.first, end - a
-		} else if a >= all && a <= b {
-			return 416, 0, 0
-		}
-	}
-	return choose(e.Status == 206, 0, e.Status), 0, e.size
-}
-
-// claim makes the caller the one who asks the origin for a key, unless another does: e is his to give to
-// store, or to leave. Else, if he is to wait, he does until it is known what the other gets, or joinWait.
-// again tells that this, or what has been stored since changes, may answer him: he is to look once more.
-func (c *Cache) claim(key string, changes int64, wait bool) (e *Entry, again bool) {
-	defer lock(c)()
-	other := c.under[key]
-	if other == nil && c.changes == changes {
-		e = &Entry{key: key}
-		e.more.L, c.under[key] = c, e
-		return e, false
-	}
-	if wait && other != nil && other.late.IsZero() { // one for all, as it wakes all
-		other.late = time.Now().Add(joinWait)
-		time.AfterFunc(joinWait, other.more.Broadcast)
-	}
-	for wait && other != nil && !other.shared && c.under[key] == other && time.Now().Before(other.late) {
-		other.more.Wait()
-	}
-	return nil, (other == nil || other.shared) && c.changes != changes
-}
-
-// invalidate forgets what is under a key.
-func (c *Cache) invalidate(key string) {
-	defer lock(c)()
-	delete(c.under, key)
-	delete(c.memory, key)
-	c.changes++
-	if err := os.Remove(c.path(key)); err != nil && !os.IsNotExist(err) { // e.g., it is read-only
-		os.Truncate(c.path(key), 0)
-	}
-}
-
-// storable tells whether a shared cache may store e, the answer to req (RFC 9111 §3).
-func (e *Entry) storable(req *Head) bool {
-	known, fits := slices.Contains(heuristic, e.Status), e.Status != 206 || e.extent()
-	forbidden := len(e.arguments("no-store", "must-understand")) > 0 && !(known && e.is("must-understand"))
-	shared := e.arguments("s-maxage")
-	explicit := len(shared)+len(e.arguments("max-age"))+len(e.list("Expires")) > 0
-	ours := func(name string) bool { return oneOf(name, "*", "Date", "Generation", "From") }
-	return !forbidden && !e.is("private") && !req.is("no-store") && e.Status != 304 && e.Status != 416 &&
-		fits && len(e.Fields) < maxFields-8 && !slices.ContainsFunc(e.list("Vary"), ours) &&
-		(req.Get("Authorization") == "" || len(shared) > 0 || e.is("public", "must-revalidate")) &&
-		(explicit || e.Get("Set-Cookie") == "" && (known || e.is("public")))
-}
-
-// store puts the answer e to req into a file for all, if that has been claimed, it may, and that is of use.
-// old is what it replaces, person tells whose its cookies are. What is small and here already is in its
-// place before it is answered.
-func (c *Cache) store(e, old *Answer, url string, req *Head, asked time.Time, person func() string) {
-	if e.key == "" || !e.storable(req) || e.size > c.limit {
-		return
-	}
-	e.own, e.Head = e.Head, e.Clone() // with what is for this client alone, and without
-	e.req = &Head{Line: [3]string{"GET", "http://" + url, "HTTP/1.1"}}
-	e.req.Fields = append([]Field{{"Date", asked.UTC().Format(dateFormat)}}, e.varied(req)...)
-	e.assess(c.ttl)
-	useful := e.life > 0 || e.seconds("stale-while-revalidate", 0) > 0
-	if !useful && e.Get("ETag")+e.Get("Last-Modified") == "" {
-		return
-	}
-	generation := cmp.Or(cmp.Or(old, e).req.Get("Generation"), rand.Text()) // see lookup; e has none yet
-	e.req.Set("Generation", choose(e.Get("Vary") != "", generation, ""),
-		"From", choose(e.Get("Set-Cookie") != "", person(), ""))
-	os.MkdirAll(c.dir, 0o700)       // somebody may have removed it
-	root, err := os.OpenRoot(c.dir) // Windows can rename its files while they are open
+	root, err := os.OpenRoot(c.dir)
 	if err == nil {
-		e.file, err = root.OpenFile(temporary+rand.Text(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		root.Close()
+		c.root.Store(root)
 	}
-	if c.tell(err); err != nil {
-		return
-	}
-	private := strings.Join(e.arguments("private", "no-cache"), ",") // names of fields
-	e.Del(append(strings.FieldsFunc(private, separates), "Content-Length")...)
-	e.Write(e.text(e.req.text(nil), "Content-Length", fmt.Sprintf("%20d", e.size)))
-	e.off = e.end()
-	e.own.Del("Age")
-	e.Del("Age")
-	unlock := lock(c)
-	e.shared, c.changes = true, c.changes+1
-	e.more.Broadcast()
-	e.users = append(e.users, e)
-	if unlock(); e.size >= 0 && e.off+e.size <= maxBehind && ready(e.source) {
-		e.run(c) // nobody reads yet, so it must not have to wait for that
-	} else {
-		go e.run(c)
-	}
+	return err
 }
 
-// tell has the operator know, once a minute, why things are not stored.
-func (c *Cache) tell(err error) {
-	if err != nil && now().Unix()-c.told.Load() > 60 {
-		c.told.Store(now().Unix())
-		log.Printf("not stored: %v", err)
+// Write writes a piece of the body, and the head before the first one.
+func (f *cacheFile) Write(p []byte) (int, error) {
+	text := p
+	if f.head != nil {
+		text = append(f.head, p...)
 	}
-}
-
-// run brings the body into the file, and the file to its place.
-func (e *Entry) run(c *Cache) {
-	_, err := io.Copy(io.Discard, io.TeeReader(e.source, e))
-	defer e.source.Close() // last: until err is set who leaves may close it, which others must not have yet
-	if e.size < 0 {
-		e.file.WriteAt(fmt.Appendf(nil, "%20d", e.taken-e.off), e.off-24) // its place, before two CR LF
+	n, err := 0, errTooLarge
+	if f.written+int64(len(text)) <= f.limit {
+		n, err = f.File.Write(text)
 	}
-	unlock := lock(c)
-	whole := err == nil && c.under[e.key] == e
-	unlock() // it has to be in its place before it is forgotten, and nobody is to wait for that
-	path := c.path(e.key)
-	old, _ := os.Lstat(path)
-	whole = whole && os.Rename(e.file.Name(), path) == nil
-	defer lock(c)()
-	if e.leave() && whole {
-		if c.files, c.size = c.files+1, c.size+e.taken; old != nil {
-			c.files, c.size = c.files-1, c.size-old.Size()
-		}
-	} else { // it broke, or has been invalidated, if not before then meanwhile
-		os.Remove(choose(whole, path, e.file.Name()))
-	}
-	delete(c.memory, e.key)
-	e.err, c.changes = cmp.Or(err, io.EOF), c.changes+1
-	if e.more.Broadcast(); len(e.users) == 0 {
-		e.file.Close()
-	}
-	if c.size > c.limit { // all is counted anew, from 0 on
-		c.size = 0
-		go c.trim()
-	}
-}
-
-// Write takes what arrives. To fail would cut all clients: what the file does not take is in memory until
-// all have read it, nothing is stored, and the download waits for those who are too far behind.
-func (e *Entry) Write(p []byte) (n int, _ error) {
-	if !e.broken && e.taken+int64(len(p)) <= cache.limit {
-		written, err := e.file.Write(p)
-		n = written
-		cache.tell(err)
-	}
-	defer lock(&cache)()
-	if e.taken += int64(n); n < len(p) {
-		e.broken = true
-		e.leave()
-		if len(e.memory) > maxBehind {
-			for slices.ContainsFunc(e.users, func(a *Answer) bool { return a.off+a.at.Load() < e.end() }) {
-				e.more.Wait()
-			}
-			e.taken, e.memory = e.end(), e.memory[:0]
-		}
-		e.memory = append(e.memory, p[n:]...)
-	}
-	e.more.Broadcast()
-	return len(p), nil
-}
-
-// leave takes e from what others find on its way, so that it is not stored, and tells whether it was there.
-func (e *Entry) leave() (found bool) {
-	if found = cache.under[e.key] == e; found {
-		delete(cache.under, e.key)
-	}
-	e.more.Broadcast()
-	return found
-}
-
-// passing tells that the body comes from an origin for one client alone, end how far it has come.
-func (e *Entry) passing() bool { return e.source != nil && !e.shared }
-func (e *Entry) end() int64    { return e.taken + int64(len(e.memory)) }
-
-// updated is the head after a 304: its fields are in the place of the stored ones, but for those that
-// describe the body as it is stored (RFC 9111 §3.2).
-func (e *Entry) updated(res *Head) *Head {
-	res.Del("Content-Length", "Content-Encoding", "Content-Range")
-	h := e.Clone()
-	h.Del("Set-Cookie", "Set-Cookie2") // it is of the one who had asked before
-	for _, f := range res.Fields {
-		h.Del(f.Name)
-	}
-	h.Fields = append(h.Fields, res.Fields...)
-	return h
-}
-
-// ready tells whether all of it has arrived, before the first Read.
-func (a *Answer) ready() bool {
-	defer lock(&cache)()
-	a.more.Broadcast() // Write may wait for one who begins beyond what there is
-	return a.err == io.EOF || a.end() == a.off+a.size
-}
-func (a *Answer) Read(p []byte) (n int, err error) {
-	at, unlock := a.off+a.at.Load(), lock(&cache)
-	for at >= a.end() && a.err == nil {
-		a.more.Wait()
-	}
-	beyond, err := at-a.taken, a.err
-	if beyond >= 0 && beyond < int64(len(a.memory)) {
-		n, err = copy(p, a.memory[beyond:]), nil
-		a.at.Add(int64(n))
-		a.more.Broadcast()
-	}
-	if unlock(); beyond < 0 {
-		n, err = a.file.ReadAt(p[:min(int64(len(p)), -beyond)], at)
-		err = choose(err == io.EOF, io.ErrUnexpectedEOF, err) // somebody has cut it
-		a.at.Add(int64(n))
+	f.written += int64(n)
+	n = max(0, n-len(f.head))
+	f.head = nil
+	if err != nil {
+		f.full = true
+		f.refused = bytes.Clone(p[n:])
 	}
 	return n, err
 }
 
-// Close ends the use. What interests nobody goes on only if at most 1 MiB of it is to come.
-func (a *Answer) Close() error {
-	if a == nil || a.source == nil && a.file == nil { // it is in memory
+func (f *cacheFile) rename(name string) error { return f.root.Rename(f.name, name) }
+
+func (f *cacheFile) remove() { f.root.Remove(f.name) }
+
+// readEntry reads a file, but not the body. It returns nil if the file is none
+// of ours, or not whole.
+func readEntry(root *os.Root, name string) *Entry {
+	file, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe must not hold us up
+	if err != nil {
 		return nil
-	} else if a.passing() {
-		return a.source.Close()
 	}
-	defer lock(&cache)()
-	a.users = slices.DeleteFunc(a.users, func(other *Answer) bool { return other == a })
-	if a.more.Broadcast(); len(a.users) > 0 {
+	info, err := file.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		file.Close()
 		return nil
-	} else if a.err != nil {
-		return a.file.Close()
-	} else if b, ok := a.source.(body); ok && (a.size < 0 || a.off+a.size-a.taken > 1<<20) {
-		a.leave()
-		b.Conn.Close()
 	}
-	return nil
+	const room = 4 * maxHead
+	var req Request
+	e := &Entry{weight: info.Size(), used: info.ModTime()}
+	lines := newLineReader(bufio.NewReader(file))
+	lines.room = room
+	lines.fail(req.parseLine(lines.next()))
+	e.url = strings.TrimPrefix(req.Target, "http://")
+	e.request = lines.header(false)
+	lines.fail(e.parseLine(lines.next()))
+	e.Header = lines.header(false)
+	e.Length, err = strconv.ParseInt(e.Header.Get("Content-Length"), 10, 64)
+	start := int64(room - lines.room)
+	if cmp.Or(lines.err, err) != nil || start+e.Length != info.Size() {
+		file.Close()
+		return nil
+	}
+	e.content = fileContent{file, start}
+	return e
 }
 
-// due counts a GET that has to be fetched, and tells whether its answer is to be stored.
-func (c *Cache) due(url string) bool {
-	defer lock(c)()
-	if len(c.seen) > 1<<16 {
-		clear(c.seen) // to count anew is cheaper than to find out which are old
+// newCache opens the directory, and makes sure that it can be written to.
+func newCache(config CacheConfig) (*Cache, error) {
+	c := &Cache{CacheConfig: config, downloads: map[key]*download{},
+		unshared: map[key]time.Time{}, seen: map[key][]time.Time{}}
+	if err := c.openRoot(); err != nil {
+		return nil, err
 	}
-	name := fileName(url) // which is not long
-	times := append(c.seen[name], now())
-	c.seen[name] = times[max(0, len(times)-c.uses):]
-	return len(times) >= c.uses && now().Sub(c.seen[name][0]) <= 10*time.Minute
+	file, err := c.create(&Entry{})
+	if err != nil {
+		return nil, err
+	}
+	file.remove()
+	return c, file.Close()
 }
 
-// trim counts the files, and removes what broken downloads have left an hour ago, and the least recently
-// used if they are too much. Only names of ours count.
-func (c *Cache) trim() {
-	files, size := []os.FileInfo(nil), int64(0)
-	entries, _ := os.ReadDir(c.dir)
-	for _, file := range entries {
-		info, err := file.Info()
-		if name := file.Name(); err == nil && info.Mode().IsRegular() && strings.ContainsAny(name[1:], "_+") {
-			files, size = append(files, info), size+info.Size()
-		} else if err == nil && strings.HasPrefix(name, temporary) && now().Sub(info.ModTime()) > time.Hour {
-			os.Remove(c.dir + "/" + name)
+// usage returns how many files and bytes the directory holds.
+func (c *Cache) usage() (files, bytes int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.files, c.size
+}
+
+// trim counts the files. If they are more than the limit it removes those that
+// were used least recently, and if the disk is full a quarter of them. What a
+// crash has left unfinished goes as well. Files of others neither count nor go.
+func (c *Cache) trim(full bool) {
+	root := c.root.Load()
+	entries, _ := fs.ReadDir(root.FS(), ".")
+	var files []os.FileInfo
+	size := int64(0)
+	for _, entry := range entries {
+		info, err := entry.Info()
+		stray := strings.HasPrefix(entry.Name(), temporary)
+		switch {
+		case err == nil && stray && c.now().Sub(info.ModTime()) > strayWait:
+			root.Remove(entry.Name())
+		case err == nil && !stray && isOurs(root, entry.Name()):
+			files = append(files, info)
+			size += info.Size()
 		}
 	}
-	if size > c.limit {
-		files = slices.DeleteFunc(files, func(info os.FileInfo) bool { // what is not ours does not count
-			e := c.open(info.Name())
-			size -= choose(e == nil, info.Size(), 0)
-			return e == nil || e.file.Close() != nil
-		})
+
+	enough := c.limit
+	if full {
+		enough = min(size, c.limit) / 4 * 3
+	} else if size > c.limit {
+		enough -= c.limit / 16 // so that it does not begin again at once
 	}
 	slices.SortFunc(files, func(a, b os.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
-	enough := choose(size > c.limit, c.limit-c.limit/16, c.limit) // so that it is not done again at once
-	for ; size > enough && len(files) > 0; files = files[1:] {
-		os.Remove(c.dir + "/" + files[0].Name())
+	for len(files) > 0 && size > enough {
+		root.Remove(files[0].Name())
 		size -= files[0].Size()
+		files = files[1:]
 	}
-	defer lock(c)()
-	c.size, c.files = c.size+size, int64(len(files))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.files += int64(len(files))
+	c.size += size
+}
+
+// isOurs reports whether a file is an entry under its own name.
+func isOurs(root *os.Root, name string) bool {
+	e := readEntry(root, name)
+	if e == nil {
+		return false
+	}
+	e.content.Close()
+	own, _, _ := strings.Cut(name, "~")
+	return own == fileName(key{url: e.url})
 }

@@ -1,18 +1,24 @@
-// Proxy is a caching HTTP/1.1 forward proxy. Usage: proxy [flags] [port | host:port]
+// Proxy is a caching HTTP/1.1 forward proxy.
 //
-// A bare port, 8899 if none is given, is open to this machine only, ":8899" to the network; proxy -h
-// lists flags. Requests are logged to stdout in Squid's native format, trouble to stderr. This file is
-// the life of a request, request.go HTTP on the wire, cache.go the store and its rules.
+//	proxy [flags] [port | host:port]
+//
+// A bare port, 8899 if none is given, is open to this machine only, and
+// ":8899" to the network; proxy -h lists the flags. Each request is logged to
+// stdout in Squid's native format; what the operator should know goes to
+// stderr.
+//
+// This file is the program: it listens, decides who may ask, lives the life of
+// each request (answer), and keeps the log. Start there, and go on with
+// request.go, HTTP on a connection, and cache.go, the store and its rules.
 package main
 
 import (
 	"bufio"
 	"cmp"
-	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
@@ -26,7 +32,9 @@ import (
 	"os"
 	"os/signal"
 	"path"
+	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -36,695 +44,828 @@ import (
 	"time"
 )
 
-var (
-	dir   = flag.String("cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"), "`directory` of the cache")
-	size  = flag.String("size", "1G", "most `bytes` that it holds, as 500M or 10G")
-	nth   = flag.Int("uses", 1, "store a response from the `n`th GET for its URL within 10 minutes on")
-	ttl   = flag.Duration("ttl", 0, "how long a response is fresh that says nothing about it, at least")
-	files = flag.String("files", ".", "`directory` of files for direct requests, empty for none")
-	block = flag.String("block", "", "hosts, domains, addresses and CIDRs refused: a `list` or @file")
-	auth  = flag.String("auth", "", "`user:password` that clients must give, or @file")
-
-	cache     = Cache{under: map[string]*Entry{}, memory: map[string]*Entry{}, seen: map[string][]time.Time{}}
-	origins   = Origins{Dialer: net.Dialer{Timeout: 10 * time.Second, Control: control}}
-	pseudonym = "proxy-" + strings.ToLower(rand.Text()[:6]) // in Via
-	domains   = map[string]bool{}                           // blocked, with all below them
-	networks  []netip.Prefix                                // blocked
-	active    atomic.Int64                                  // exchanges under way
-	closing   context.Context                               // done when a signal asks to stop
-	journal   = struct {                                    // the access log
-		sync.Mutex
-		out                          *bufio.Writer
-		latest                       []string
-		requests, hits, bytes, saved int64
-		begun                        time.Time
-	}{out: bufio.NewWriterSize(os.Stdout, 64<<10), begun: time.Now()}
-)
-
 func main() {
 	log.SetFlags(0)
 	log.SetPrefix("proxy: ")
-	// It counts for the collector, which runs less often: a third more hits; untouched it takes no memory.
-	defer runtime.KeepAlive(make([]byte, 12<<20))
-	address := ""
-	if err := attempt(func() { address = configure() }); err != nil {
-		log.Printf("%v; proxy -h tells more", err)
+	config, err := parseFlags(os.Args[1:])
+	if err != nil {
+		log.Printf("%v (proxy -h lists the flags)", err)
 		os.Exit(2)
 	}
-	l, err := net.Listen("tcp", address)
-	f := *dir + "/" + temporary + rand.Text() // to try the directory, as others may at the same time
-	if err = cmp.Or(err, os.MkdirAll(*dir, 0o700), os.WriteFile(f, nil, 0o600), os.Remove(f)); err != nil {
+	// 12 MiB that are never touched count for the garbage collector, which runs
+	// less often: a third more hits.
+	defer runtime.KeepAlive(make([]byte, 12<<20))
+	if err := run(config); err != nil {
 		log.Fatal(err) // with status 1
 	}
-	closing, _ = signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(closing, func() {
-		l.Close()
-		time.AfterFunc(11*time.Second, func() { os.Exit(0) }) // e.g., nobody reads the log any more
-	})
-	log.Printf("listening on %s, cache in %s", l.Addr(), *dir)
-	go cache.trim()
+}
+
+// run listens until a signal asks it to stop, and then gives the exchanges
+// under way stopWait to finish. A second signal ends them at once.
+func run(config config) error {
+	listener, err := net.Listen("tcp", config.address)
+	if err != nil {
+		return err
+	}
+	p, err := newProxy(config, listener.Addr(), os.Stdout)
+	if err != nil {
+		return err
+	}
+	log.Printf("listening on %s, cache in %s", listener.Addr(), config.cache.dir)
+
+	signal.Ignore(syscall.SIGPIPE) // a reader of the log that goes away ends nothing
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(stop, syscall.SIGHUP)
+	}
 	go func() {
-		for ; ; time.Sleep(100 * time.Millisecond) {
-			totals()
-			origins.take("") // closes those that are too old
+		<-stop
+		p.closing.Store(true)
+		listener.Close()
+		<-stop
+		log.Fatal("stopped at once")
+	}()
+	p.serve(listener)
+
+	time.AfterFunc(stopWait+time.Second, func() { os.Exit(0) }) // if nobody reads the log
+	for end := time.Now().Add(stopWait); p.active.Load() > 0 && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	log.Print(p.journal.flush())
+	return nil
+}
+
+// A proxy is the parts of the program, wired together.
+type proxy struct {
+	config
+	port    int // that it listens on
+	store   *Cache
+	origins *originPool
+	journal journal
+	active  atomic.Int64 // exchanges under way
+	closing atomic.Bool  // no connection is kept any more
+}
+
+func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) {
+	listen := address.(*net.TCPAddr).AddrPort()
+	local := listen.Addr().Unmap().IsLoopback()
+	config.cache.shareInner = local
+	config.cache.guard = guard
+	config.cache.warn = func(err error) { log.Print(err) }
+	store, err := newCache(config.cache)
+	p := &proxy{config: config, port: int(listen.Port()), store: store}
+	pseudonym := "proxy-" + strings.ToLower(rand.Text()[:6])
+	p.origins = &originPool{pseudonym: pseudonym, keepInner: local, guard: guard}
+	p.journal.begun = p.now()
+	p.journal.to = logTo
+	p.journal.out = bufio.NewWriterSize(logTo, 64<<10)
+	return p, err
+}
+
+// guard does some work, and survives its bugs: whoever waits for that work
+// sees it broken off.
+func guard(work func()) {
+	defer func() {
+		if bug := recover(); bug != nil {
+			log.Printf("a bug, please report it: %v\n%s", bug, debug.Stack())
 		}
 	}()
-	for closing.Err() == nil {
-		if nc, err := l.Accept(); err == nil {
-			go client(newConn(nc, ""))
-		} else if closing.Err() == nil { // e.g., too many open files
+	work()
+}
+
+// serve accepts connections until the listener is closed.
+func (p *proxy) serve(listener net.Listener) {
+	go guard(func() {
+		for ; ; time.Sleep(100 * time.Millisecond) {
+			p.journal.flush()
+			p.origins.closeIdle()
+		}
+	})
+	go guard(func() { p.store.trim(false) })
+	for !p.closing.Load() {
+		nc, err := listener.Accept()
+		if err == nil {
+			go guard(func() { p.serveClient(newConn(nc)) })
+		} else if !p.closing.Load() { // e.g., too many open files
 			log.Print(err)
 			time.Sleep(100 * time.Millisecond)
 		}
 	}
-	for end := time.Now().Add(10 * time.Second); active.Load() > 0 && time.Now().Before(end); {
-		time.Sleep(10 * time.Millisecond) // exchanges under way have ten seconds more
-	}
-	log.Print(totals())
 }
 
-// totals writes the log out, and returns what it counts.
-func totals() string {
-	defer lock(&journal)()
-	journal.out.Flush()
-	journal.out.Reset(os.Stdout) // or an error would stay, e.g., of a full disk
-	return fmt.Sprintf("%d requests, %d hits, %d MiB", journal.requests, journal.hits, journal.bytes>>20)
-}
-
-// configure reads the command line, and returns the address to listen on. Errors lose their status.
-func configure() (address string) {
-	flag.CommandLine.Init("", flag.ContinueOnError)
-	flag.CommandLine.SetOutput(io.Discard)
-	err := flag.CommandLine.Parse(os.Args[1:])
-	for ; err == nil && flag.NArg() > 0; err = flag.CommandLine.Parse(flag.Args()[1:]) {
-		must(address == "", "400 two addresses:", address, flag.Arg(0))
-		address = flag.Arg(0)
-	}
-	if flag.CommandLine.SetOutput(os.Stderr); err == flag.ErrHelp {
-		log.Print("usage: proxy [flags] [port | host:port]")
-		flag.PrintDefaults()
-		os.Exit(0)
-	}
-	fail(err)
-	address = choose(strings.Trim(address, "0123456789") == "", "127.0.0.1:"+cmp.Or(address, "8899"), address)
-	_, port, err := net.SplitHostPort(address)
-	n, ok := digits(port)
-	must(err == nil && ok && n < 65536, "400 neither a port nor host:port:", address)
-	number := strings.TrimRight(*size, "KMGT")
-	shift := 10 * slices.Index([]string{"", "K", "M", "G", "T"}, (*size)[len(number):])
-	n, ok = digits(number)
-	must(ok && shift >= 0 && n<<shift>>shift == n, "400 -size is no number like 5000 or 10G:", *size)
-	must(*nth > 0, "400 -uses must be at least 1")
-	must(*ttl >= 0, "400 -ttl must not be negative")
-	must(*dir != "", "400 -cache must name a directory")
-	cache.dir, cache.limit, cache.ttl, cache.uses = *dir, n<<shift, int64(ttl.Seconds()), *nth
-	for _, text := range []*string{block, auth} {
-		if file, ok := strings.CutPrefix(*text, "@"); ok {
-			b, err := os.ReadFile(file)
-			fail(err)
-			*text = strings.TrimSpace(string(b))
-			must(text == block || *text != "", "400 -auth names a file without credentials:", file)
-		}
-	}
-	must(*auth == "" || strings.Contains(*auth, ":"), "400 -auth must be user:password")
-	*auth = base64.StdEncoding.EncodeToString([]byte(*auth)) // as Basic has it
-	for _, entry := range strings.FieldsFunc(*block, separates) {
-		if ip, err := netip.ParseAddr(strings.Trim(entry, "[]")); err == nil {
-			networks = append(networks, netip.PrefixFrom(ip.Unmap().WithZone(""), ip.Unmap().BitLen()))
-		} else if n, err := netip.ParsePrefix(entry); err == nil {
-			bits := choose(n.Addr().Is4In6(), max(0, n.Bits()-96), n.Bits())
-			networks = append(networks, netip.PrefixFrom(n.Addr().Unmap(), bits))
-		} else {
-			host := strings.Trim(entry, ".")
-			err := attempt(func() { domains[hostOf(authority(host))] = true })
-			must(err == nil && !strings.Contains(host, ":"), "400 -block has what is no host or CIDR:", entry)
-		}
-	}
-	return address
-}
-
-// client answers the requests of one connection, one after another.
-func client(c *Conn) {
+// serveClient answers the requests of one connection, one after another.
+func (p *proxy) serveClient(c *conn) {
 	defer c.Close()
-	keep, reset := true, false
-	for ; keep && closing.Err() == nil; active.Add(-1) {
-		req, err := c.next(false)
-		if _, told := err.(Error); err != nil && !told {
-			return // e.g., it has been closed
+	for keep := true; keep && !p.closing.Load(); {
+		req, err := readRequest(c)
+		if err != nil && !isStatusError(err) {
+			return // e.g., the client has closed it
 		}
-		active.Add(1)
-		x := &exchange{c: c, req: req, res: req, start: now(), code: "NONE", peer: "HIER_NONE/-"}
-		e := x.try(func() *Answer { fail(err); return x.answer() })
-		if e != nil && attempt(func() { fail(x.send(e)) }) != nil {
-			x.code, x.keep, reset = x.code+"_ABORTED", false, x.req.old()
-		}
-		x.log()
-		keep, c.written = x.keep, 0
+		x := &exchange{proxy: p, client: c, req: req, start: p.now(), before: c.sent}
+		keep = x.run(err)
 	}
-	if reset { // as send has it
-		return
-	}
-	c.Conn.(*net.TCPConn).SetLinger(-1)
-	// Closed at once, with bytes unread, it would be reset, and the answer lost (RFC 9112 §9.6).
-	c.Conn.(*net.TCPConn).CloseWrite()
-	c.SetDeadline(time.Now().Add(2 * time.Second))
-	io.Copy(io.Discard, io.LimitReader(c.Conn, 1<<20))
+	c.closeGently()
 }
 
-// An exchange is a request and its answer. address (host:port) is asked for path; url (host and path) is
-// the key in the cache. code and peer are the outcome in the words of Squid's log, why in Cache-Status's.
+// An exchange is one request and what becomes of it.
 type exchange struct {
-	c                                   *Conn
-	req, res                            *Head // as they came, and went
-	start                               time.Time
-	address, path, url, code, peer, why string
-	direct, keep, behind                bool // asked as a server; connection is kept; a refresh for no client
+	*proxy
+	client  *conn
+	req     *Request
+	start   time.Time
+	before  int64 // bytes that the client had been sent
+	status  CacheStatus
+	origin  netip.Addr // that was asked, if any
+	res     *Response
+	aborted bool // the client did not get all of it
 }
 
-// try makes an answer of what fails.
-func (x *exchange) try(step func() *Answer) (e *Answer) {
-	if err := attempt(func() { e = step() }); err != nil {
-		told, ok := err.(Error)
-		told = choose(ok, told, Error("502 "+err.Error()))
-		if bug, is := err.(runtime.Error); is {
-			log.Printf("a bug: %v", bug)
-		}
-		status, _ := strconv.Atoi(string(told[:3]))
-		x.code = choose(slices.Contains([]int{401, 403, 407}, status), "TCP_DENIED", x.code)
-		x.why, e = "", page(status, "text/plain; charset=utf-8", told.Error()+"\n")
-		e.Set("WWW-Authenticate", choose(status == 401, `Basic realm="proxy"`, ""),
-			"Proxy-Authenticate", choose(status == 407, `Basic realm="proxy"`, ""))
+// run answers the request, unless err says what is wrong with it, and reports
+// whether another may follow on the connection.
+func (x *exchange) run(err error) (keep bool) {
+	x.active.Add(1)
+	defer x.active.Add(-1)
+	defer x.log()
+	x.status.Outcome = none
+	keep = err == nil && keepsAlive(x.req.Proto, x.req.Header)
+	if err == nil {
+		x.res, err = x.answer()
 	}
-	return e
-}
-
-var reasons = map[int]string{200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request",
-	401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 407: "Proxy Authentication Required",
-	408: "Request Timeout", 414: "URI Too Long", 416: "Range Not Satisfiable", 417: "Expectation Failed",
-	431: "Request Header Fields Too Large", 501: "Not Implemented", 502: "Bad Gateway",
-	504: "Gateway Timeout", 505: "HTTP Version Not Supported", 508: "Loop Detected"}
-
-// page is an answer made here.
-func page(status int, kind, text string) *Answer {
-	line := [3]string{"HTTP/1.1", strconv.Itoa(status), reasons[status]}
-	h := &Head{line, status, []Field{{"Content-Type", kind}, {"Date", now().UTC().Format(dateFormat)}}}
-	h.Set("Cross-Origin-Resource-Policy", "same-origin") // no page elsewhere may take it for a script
-	return &Answer{Entry: &Entry{Head: h, memory: []byte(text), size: int64(len(text)), err: io.EOF}}
+	if err != nil {
+		x.res = x.errorPage(err)
+	}
+	if x.status.Outcome == tunnelled {
+		return false
+	}
+	defer x.res.Body.Close()
+	keep = keep && x.req.Body.consumed() && !x.closing.Load()
+	keep, err = writeResponse(x.client, x.req, x.res, keep, x.ownFields(x.res)...)
+	x.aborted = err != nil
+	return keep && err == nil
 }
 
 // answer lives the life of a request:
-//  1. where its body ends and what it asks for, refused where that can be read in two ways
-//  2. who may ask, and for what
-//  3. CONNECT is a tunnel; a request that has been here before ends
-//  4. asked as a server: a page, a file, or /host/path
-//  5. what is stored answers, or a download under way
-//  6. else the origin does
-func (x *exchange) answer() *Answer {
-	req, method := x.req, x.req.Line[0]
-	named := x.route() // 1
-	x.admit()          // 2
-	if method == "CONNECT" {
-		return x.tunnel() // 3
+//  1. readRequest has read the head. What two programs could read in two ways
+//     was refused.
+//  2. May this client ask, and for that?
+//  3. CONNECT becomes a tunnel.
+//  4. Asked as a server, we answer with a page of our own, a file, or
+//     /host/path.
+//  5. The cache answers, if what it has is fresh.
+//  6. Else it asks the origin, one request for all who want the same, and
+//     stores what comes beside its way to the clients.
+//
+// The response is sent and logged by run.
+func (x *exchange) answer() (*Response, error) {
+	if err := x.admit(); err != nil {
+		return nil, err
 	}
-	again := func(via string) bool { return strings.HasSuffix(via, " "+pseudonym) }
-	must(!slices.ContainsFunc(req.list("Via"), again), "508 this request has been here before")
-	expect := req.Get("Expect")
-	must(expect == "" || same(expect, "100-continue"), "417 no support of", expect)
-	kind := x.c.kind
-	if kind == chunked && expect == "" { // with a bad first chunk nothing at all is sent on
-		if _, err := (body{x.c}).Read(nil); err != io.EOF {
-			fail(err)
+	if x.req.Method == "CONNECT" {
+		return x.tunnel()
+	}
+	if x.req.Direct {
+		return x.answerAsServer()
+	}
+	return x.fetch(x.req)
+}
+
+// fetch answers a request from the cache, or with the help of its origin.
+func (x *exchange) fetch(req *Request) (*Response, error) {
+	// Max-Forwards limits how far OPTIONS goes (RFC 9110 §7.6.2).
+	hops, err := strconv.ParseUint(req.Header.Get("Max-Forwards"), 10, 62)
+	if req.Method == "OPTIONS" && err == nil {
+		if hops == 0 {
+			return page(x.now(), 200, "text/plain", ""), nil
+		}
+		closer := *req
+		closer.Header = append(req.Header.Without("Max-Forwards"), Field{"Max-Forwards", fmt.Sprint(hops - 1)})
+		req = &closer
+	}
+	res, status, err := x.store.roundTrip(req, x.ask)
+	x.status = status
+	return res, err
+}
+
+// ask sends a request to its origin. A response without a valid date gets one
+// (RFC 9110 §6.6.1).
+func (x *exchange) ask(req *Request) (*Response, error) {
+	res, err := x.origins.roundTrip(req, x.mayDial, x.passInterim)
+	if err != nil {
+		return nil, err
+	}
+	x.origin = res.Origin
+	if httpDate(res.Header.Get("Date")).IsZero() {
+		res.Header = append(res.Header.Without("Date"), dateField(x.now()))
+	}
+	return res, nil
+}
+
+// passInterim passes on what comes before the final response.
+func (x *exchange) passInterim(res *Response) {
+	if x.req.Proto != "HTTP/1.0" {
+		res.Header = x.withoutCookies(res.Header)
+		writeResponse(x.client, x.req, res, true, viaField(res.Proto, x.origins.pseudonym))
+	}
+}
+
+// ownFields returns what we add to a response: nothing to a page of our own.
+func (x *exchange) ownFields(res *Response) []Field {
+	if res.Proto == "" {
+		return nil
+	}
+	return []Field{viaField(res.Proto, x.origins.pseudonym), {"Cache-Status", x.status.String()}}
+}
+
+// tunnel joins the client with the host that it names, until both have ended.
+func (x *exchange) tunnel() (*Response, error) {
+	x.status.Outcome = miss
+	origin, err := dial(x.req.URL.Authority, x.mayDial)
+	if err != nil {
+		return nil, err
+	}
+	defer origin.Close()
+	to := origin.RemoteAddr().(*net.TCPAddr)
+	if to.Port == x.port && to.IP.IsLoopback() {
+		// What comes back through it would seem to come from this machine.
+		return nil, errorf(508, "a tunnel to this proxy itself: %s", x.req.URL.Authority)
+	}
+	x.status.Outcome = tunnelled
+	x.origin = origin.peer
+	x.client.writeHead("HTTP/1.1 200 Connection established")
+	x.client.Flush()
+	join(x.client, origin, guard)
+	return &Response{Status: 200}, nil
+}
+
+// Outcomes of requests that the cache has no part in.
+const (
+	none      outcome = "NONE"
+	denied    outcome = "TCP_DENIED"
+	tunnelled outcome = "TCP_TUNNEL"
+)
+
+// page makes a response of our own. Its Cross-Origin-Resource-Policy keeps
+// pages elsewhere from using it as a script or an image.
+func page(now time.Time, status int, kind, text string, more ...Field) *Response {
+	h := Header{{"Content-Type", kind}, dateField(now), {"Cross-Origin-Resource-Policy", "same-origin"}}
+	return &Response{
+		Status: status,
+		Reason: statusText[status],
+		Header: append(h, more...),
+		Length: int64(len(text)),
+		Body:   io.NopCloser(strings.NewReader(text)),
+	}
+}
+
+func dateField(t time.Time) Field { return Field{"Date", t.UTC().Format(dateFormat)} }
+
+// errorPage tells a client why it gets nothing else. An error without a status
+// is the origin's.
+func (x *exchange) errorPage(err error) *Response {
+	told := &statusError{502, fmt.Sprintf("%s: %v", x.req.URL.Authority, err)}
+	var lookup *net.DNSError
+	switch {
+	case errors.As(err, &told):
+	case errors.As(err, &lookup) && lookup.IsNotFound && x.req.Direct:
+		told = &statusError{404, "there is neither a file nor a host for " + x.req.Target}
+	case errors.As(err, &lookup) && lookup.IsNotFound:
+		told.text = x.req.URL.Authority + ": no such host"
+	case os.IsTimeout(err):
+		told.code = 504
+	}
+	res := page(x.now(), told.code, "text/plain; charset=utf-8", told.text+"\n")
+	switch told.code {
+	case 401:
+		res.Header = append(res.Header, Field{"WWW-Authenticate", `Basic realm="proxy"`})
+	case 407:
+		res.Header = append(res.Header, Field{"Proxy-Authenticate", `Basic realm="proxy"`})
+	}
+	if told.code == 401 || told.code == 403 || told.code == 407 {
+		x.status.Outcome = denied
+	}
+	return res
+}
+
+// admit decides whether this client may ask, and for that.
+func (x *exchange) admit() error {
+	ip := x.client.peer
+	allowed := x.allow.hasAddress(ip)
+	if x.allow == nil {
+		allowed = ip.IsPrivate() || ip.IsLinkLocalUnicast() // RFC 1918, RFC 4193
+	}
+	if x.deny.hasAddress(ip) || !ip.IsLoopback() && !allowed {
+		return errorf(403, "clients at %s may not use this proxy", ip)
+	}
+	if x.auth != "" && x.req.Target != "/proxy.pac" { // a browser fetches that before it asks for a password
+		field, status := "Proxy-Authorization", 407
+		if x.req.Direct {
+			field, status = "Authorization", 401
+		}
+		scheme, given, _ := strings.Cut(x.req.Header.Get(field), " ")
+		given = strings.TrimLeft(given, " ")
+		right := subtle.ConstantTimeCompare([]byte(given), []byte(x.auth)) == 1
+		if !right || !equalFold(scheme, "Basic") {
+			return errorf(status, "this proxy needs a user name and a password")
 		}
 	}
-	if method == "TRACE" || method == "OPTIONS" { // RFC 9110 §7.6.2
-		hops, limited := digits(req.Get("Max-Forwards"))
-		req.Set("Max-Forwards", choose(limited, strconv.FormatInt(hops-1, 10), ""))
-		if limited && hops == 0 {
-			req.Del("Authorization", "Cookie", "Proxy-Authorization", "Max-Forwards")
-			return page(200, "message/http", choose(method == "TRACE", string(req.text(nil)), ""))
+	for _, via := range x.req.Header.Values("Via") {
+		if strings.HasSuffix(via, " "+x.origins.pseudonym) {
+			return errorf(508, "this request has been here before")
 		}
 	}
-	if req.endToEnd(); x.direct {
-		if e := x.local(named); e != nil {
-			return e // 4
+	if expect := x.req.Header.Get("Expect"); expect != "" && !equalFold(expect, "100-continue") {
+		return errorf(417, "nothing is known of the expectation %+.200q", expect)
+	}
+	if x.req.Method == "TRACE" {
+		return errorf(405, "TRACE is not supported")
+	}
+	return x.mayName(x.req.URL)
+}
+
+// mayName refuses a blocked host before anything is looked up. A direct
+// request names none yet.
+func (x *exchange) mayName(u URL) error {
+	host, _, _ := net.SplitHostPort(u.Authority)
+	if ip, err := netip.ParseAddr(host); err == nil {
+		return x.mayDial(ip.Unmap())
+	}
+	if x.block.hasHost(host) {
+		return errorf(403, "%s is blocked", host)
+	}
+	return nil
+}
+
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1}) // where 0.0.0.0 leads to
+
+// mayDial refuses addresses that are blocked, and inner ones unless the client
+// is on this machine. It is asked again for every address that is dialed,
+// whatever name leads there.
+func (x *exchange) mayDial(ip netip.Addr) error {
+	if x.block.hasAddress(ip) || ip.IsUnspecified() && x.block.hasAddress(loopback) {
+		return errorf(403, "%s is blocked", ip)
+	}
+	if isInner(ip) && !x.client.peer.IsLoopback() {
+		return errorf(403, "%s is for clients on this machine only", ip)
+	}
+	return nil
+}
+
+// answerAsServer answers a request to the proxy itself. Host has to be a name
+// of ours: by one of its own that leads here (DNS rebinding) a page elsewhere
+// could read what is for this machine.
+func (x *exchange) answerAsServer() (*Response, error) {
+	here := x.client.LocalAddr().(*net.TCPAddr).AddrPort()
+	host, port, _ := net.SplitHostPort(x.req.Host)
+	ip, _ := netip.ParseAddr(host)
+	ours := host == "localhost" || ip.IsLoopback() || ip == here.Addr().Unmap()
+	if !ours || port != strconv.Itoa(int(here.Port())) {
+		return nil, errorf(403, "%s is not a name of this proxy", x.req.Host)
+	}
+
+	name, _, _ := strings.Cut(x.req.Target, "?")
+	get := x.req.Method == "GET" || x.req.Method == "HEAD"
+	switch {
+	case name == "*":
+		return page(x.now(), 200, "text/plain", ""), nil
+	case name == "/" && get:
+		if x.auth == "" && !x.client.peer.IsLoopback() {
+			return nil, errorf(403, "without -auth this page is for this machine only")
+		}
+		return page(x.now(), 200, "text/html; charset=utf-8", x.journal.statusPage(x.store)), nil
+	case name == "/proxy.pac":
+		return page(x.now(), 200, "application/x-ns-proxy-autoconfig", fmt.Sprintf(pac, x.req.Host)), nil
+	}
+	if res := x.localFile(name[1:]); get && res != nil {
+		return res, nil
+	}
+	return x.fetchByPath()
+}
+
+// pac tells a browser to ask this proxy, and to ask for its own pages directly.
+const pac = `function FindProxyForURL(url, host) {
+	return shExpMatch(url, "http://%[1]s/*") ? "DIRECT" : "PROXY %[1]s";
+}
+`
+
+// fetchByPath answers /www.example.com/a/b with that page, as in the lab. To a
+// browser it has the same origin as our own pages and all that runs on this
+// machine. So it is put into a sandbox, where its scripts can't read those,
+// and no cookies or passwords go either way.
+func (x *exchange) fetchByPath() (*Response, error) {
+	req := *x.req
+	var err error
+	req.URL, err = parseURL(strings.TrimPrefix(x.req.Target, "/"))
+	if err != nil {
+		return nil, errorf(404, "there is neither a file nor a host for %s", x.req.Target)
+	}
+	if err := x.mayName(req.URL); err != nil {
+		return nil, err
+	}
+	req.Header = req.Header.Without("Authorization", "Cookie")
+	x.req = &req
+	res, err := x.fetch(&req)
+	if err == nil {
+		const sandbox = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
+		res.Header = append(x.withoutCookies(res.Header), Field{"Content-Security-Policy", sandbox})
+	}
+	return res, err
+}
+
+// withoutCookies returns a header without what would change the cookies of our
+// own pages, if it is that of an answer to /host/path.
+func (x *exchange) withoutCookies(h Header) Header {
+	if !x.req.Direct {
+		return h
+	}
+	return h.Without("Set-Cookie", "Set-Cookie2", "Clear-Site-Data")
+}
+
+var escapes = regexp.MustCompile("%[0-9A-Fa-f]{2}")
+
+// localFile answers with a file from -files, to this machine only: a regular
+// one that everybody on it may read, and nothing hidden. It returns nil if
+// there is none.
+func (x *exchange) localFile(escaped string) *Response {
+	name := escapes.ReplaceAllStringFunc(escaped, func(s string) string {
+		b, _ := hex.DecodeString(s[1:])
+		return string(b)
+	})
+	hidden := strings.Contains("/"+name, "/.") || strings.Contains(name, `\`)
+	if x.files == nil || hidden || !x.client.peer.IsLoopback() {
+		return nil
+	}
+	info, err := x.files.Stat(name)
+	if err != nil || !info.Mode().IsRegular() || info.Mode().Perm()&0o004 == 0 {
+		return nil
+	}
+	file, err := x.files.Open(name)
+	if err != nil {
+		return nil
+	}
+	kind := cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream")
+	changed := Field{"Last-Modified", info.ModTime().UTC().Format(dateFormat)}
+	res := page(x.now(), 200, kind, "", changed)
+	res.Length = info.Size()
+	return tailor(x.req, res, fileContent{file, 0})
+}
+
+// A config is the command line.
+type config struct {
+	address     string // to listen on
+	cache       CacheConfig
+	files       *os.Root // nil if no files are served
+	auth        string   // user:password in Base64, as clients send it; empty if none is needed
+	allow, deny *hostList
+	block       *hostList
+	now         func() time.Time
+}
+
+// parseFlags reads the command line. Flags may stand before and after the
+// address. It prints what -h and -version ask for, and ends the program.
+func parseFlags(args []string) (config, error) {
+	c := config{now: time.Now}
+	c.cache = CacheConfig{limit: 1 << 30, uses: 1, now: time.Now}
+	files := "."
+	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&c.cache.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"), "`directory` of the cache")
+	flags.Func("size", "most `bytes` that it holds, as 500M or 10G (default 1G)", c.setSize)
+	flags.IntVar(&c.cache.uses, "uses", 1, "store a response from the `n`th GET for its URL within 10 minutes on")
+	flags.Func("ttl", "`how long` a response is fresh, at least, that does not tell, as 90s or 10m", c.setTTL)
+	flags.StringVar(&files, "files", files, "`directory` of files for direct requests, empty for none")
+	flags.Func("allow", "`clients` that may ask: a list of addresses and CIDRs, or @file", listFlag(&c.allow, false))
+	flags.Func("deny", "`clients` that may not: likewise", listFlag(&c.deny, false))
+	flags.Func("block", "`destinations` refused: hosts with all below them, addresses, CIDRs, or @file", listFlag(&c.block, true))
+	flags.Func("auth", "`user:password` that clients must give, or @file", c.setAuth)
+	version := flags.Bool("version", false, "print the version")
+
+	err := flags.Parse(args)
+	for err == nil && flags.NArg() > 0 {
+		if c.address != "" {
+			return c, fmt.Errorf("two addresses: %s and %s", c.address, flags.Arg(0))
+		}
+		c.address = flags.Arg(0)
+		err = flags.Parse(flags.Args()[1:])
+	}
+	if err == flag.ErrHelp {
+		fmt.Println("usage: proxy [flags] [port | host:port]")
+		flags.SetOutput(os.Stdout)
+		flags.PrintDefaults()
+		os.Exit(0)
+	}
+	if *version {
+		info, _ := debug.ReadBuildInfo()
+		fmt.Println("proxy", info.Main.Version, info.GoVersion)
+		os.Exit(0)
+	}
+	if err == nil {
+		err = c.complete(files)
+	}
+	return c, err
+}
+
+// complete checks what several flags and the address say together.
+func (c *config) complete(files string) error {
+	if strings.Trim(c.address, "0123456789") == "" {
+		c.address = "127.0.0.1:" + cmp.Or(c.address, "8899")
+	}
+	_, port, err := net.SplitHostPort(c.address)
+	if _, noPort := strconv.ParseUint(port, 10, 16); cmp.Or(err, noPort) != nil {
+		return fmt.Errorf("neither a port nor host:port: %q", c.address)
+	}
+	if c.cache.dir == "" {
+		return errors.New("-cache must name a directory")
+	}
+	if c.cache.uses < 1 {
+		return errors.New("-uses must be at least 1")
+	}
+	if files != "" {
+		c.files, err = os.OpenRoot(files)
+		if err != nil {
+			return fmt.Errorf("-files: %w", err)
 		}
 	}
-	x.code = "TCP_MISS"
-	known := method == "GET" || method == "HEAD"
-	if !known || kind != 0 || cmp.Or(req.Get("If-Match"), req.Get("If-Unmodified-Since")) != "" {
-		return x.fetch(nil, nil, choose(known, "bypass", "method")) // 6
+	return nil
+}
+
+func (c *config) setSize(s string) error {
+	number := strings.TrimRight(s, "KMGT")
+	shift := 10 * slices.Index([]string{"", "K", "M", "G", "T"}, s[len(number):])
+	n, err := strconv.ParseInt(number, 10, 64)
+	if err != nil || shift < 0 || n < 0 || n > maxLength>>shift {
+		return errors.New("a size looks like 5000, 500M or 10G")
 	}
-	return x.cached() // 5
+	c.cache.limit = n << shift
+	return nil
 }
 
-// route reads the request target, in its four forms, and Host (RFC 9112 §3.2), and returns Host. keep is
-// set last: after a failure nobody knows where the next request begins, after a CONNECT there is none.
-func (x *exchange) route() (named string) {
-	method, target, hosts := x.req.Line[0], x.req.Line[1], x.req.list("Host")
-	kind := x.req.framing(false)
-	one := len(hosts) == 1 && hosts[0] != "" || len(hosts) == 0 && x.req.old()
-	must(one, "400 Host must name one host, not", strings.Join(hosts, ", "))
-	named = x.c.authority(cmp.Or(strings.Join(hosts, ""), "localhost"))
-	x.direct = target[0] == '/' || target == "*" && method == "OPTIONS"
-	if x.path = target; method == "CONNECT" {
-		x.address = authority(target)
-		must(strings.HasSuffix(target, ":"+portOf(x.address)), "400 CONNECT without a port:", target)
-	} else if !x.direct {
-		ok := len(target) > 7 && strings.EqualFold(target[:7], "http://") && !strings.Contains(target, "#")
-		must(ok, "400 not a http:// URL:", target)
-		x.aim(target[7:])
+func (c *config) setTTL(s string) (err error) {
+	c.cache.ttl, err = time.ParseDuration(s)
+	if err != nil || c.cache.ttl < 0 {
+		return errors.New("a duration looks like 90s, 10m or 1h30m")
 	}
-	x.c.expect(kind)
-	x.keep = x.req.keepAlive() && method != "CONNECT"
-	return named
+	return nil
 }
 
-// admit decides who may ask, and for what.
-func (x *exchange) admit() {
-	must(!blocked(x.c.peer), "403 refused are clients at", x.c.peer)
-	field := choose(x.direct, "Authorization", "Proxy-Authorization")
-	if *auth != "" && x.req.Line[1] != "/proxy.pac" { // a browser that needs it has no credentials yet
-		scheme, token, _ := strings.Cut(x.req.Get(field), " ")
-		ok := subtle.ConstantTimeCompare([]byte(strings.TrimLeft(token, " ")), []byte(*auth)) == 1
-		must(ok && same(scheme, "Basic"), choose(x.direct, "401", "407")+" credentials are needed")
-		x.req.Del(field) // it was for us
+func (c *config) setAuth(s string) error {
+	lines, err := linesOf(s)
+	if err != nil {
+		return err
 	}
-	fail(control("", x.address, nil))
-}
-
-// aim takes a URL without its scheme apart.
-func (x *exchange) aim(url string) {
-	end := strings.IndexAny(url+"/", "/?")
-	if x.address, x.path = x.c.authority(url[:end]), url[end:]; !strings.HasPrefix(x.path, "/") {
-		x.path = choose(x.path == "" && x.req.Line[0] == "OPTIONS", "*", "/"+x.path)
+	if len(lines) != 1 || !strings.Contains(lines[0], ":") {
+		return errors.New("it must be one user:password")
 	}
-	x.url = x.host() + x.path
+	c.auth = base64.StdEncoding.EncodeToString([]byte(lines[0]))
+	return nil
 }
 
-// host is the origin as Host and the cache have it.
-func (x *exchange) host() string { return strings.TrimSuffix(x.address, ":80") }
-
-// control refuses a blocked origin: before it is asked, and, as the Dialer's, by the IP that is dialed.
-func control(_, address string, _ syscall.RawConn) error {
-	return attempt(func() { must(!blocked(hostOf(address)), "403 blocked is", address) })
+// linesOf returns what a flag says: the text itself or, of @file, the lines of
+// that but for empty ones and comments.
+func linesOf(s string) ([]string, error) {
+	file, isFile := strings.CutPrefix(s, "@")
+	if !isFile {
+		return []string{s}, nil
+	}
+	text, err := os.ReadFile(file)
+	var lines []string
+	for line := range strings.Lines(string(text)) {
+		line = strings.TrimSpace(line)
+		if line != "" && line[0] != '#' {
+			lines = append(lines, line)
+		}
+	}
+	return lines, err
 }
 
-// blocked tells whether a host is on the list. If that has addresses, names are looked up here too, as a
-// hit dials nobody. The unspecified address (0.0.0.0) would lead to this machine.
-func blocked(host string) bool {
-	host = strings.TrimRight(host, ".")
-	for name := host; name != "" && len(domains) > 0; _, name, _ = strings.Cut(name, ".") {
-		if domains[name] {
+// A hostList has addresses and networks, and names with all that is below
+// them. A nil one is empty.
+type hostList struct {
+	networks []netip.Prefix
+	names    map[string]bool
+}
+
+// listFlag returns what reads one use of a flag into a list.
+func listFlag(list **hostList, names bool) func(string) error {
+	return func(s string) error {
+		if *list == nil {
+			*list = &hostList{names: map[string]bool{}}
+		}
+		lines, err := linesOf(s)
+		if err != nil {
+			return err
+		}
+		for _, line := range lines {
+			for _, entry := range strings.FieldsFunc(line, func(r rune) bool { return r <= ' ' || r == ',' }) {
+				if err := (*list).add(entry, names); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+}
+
+func (l *hostList) add(entry string, names bool) error {
+	if ip, err := netip.ParseAddr(strings.Trim(entry, "[]")); err == nil {
+		ip = ip.Unmap().WithZone("")
+		l.networks = append(l.networks, netip.PrefixFrom(ip, ip.BitLen()))
+		return nil
+	}
+	if network, err := netip.ParsePrefix(entry); err == nil {
+		if network.Addr().Is4In6() {
+			network = netip.PrefixFrom(network.Addr().Unmap(), max(0, network.Bits()-96))
+		}
+		l.networks = append(l.networks, network)
+		return nil
+	}
+	name := strings.Trim(entry, ".")
+	authority, err := parseAuthority(name)
+	if !names || err != nil || strings.Contains(name, ":") {
+		return fmt.Errorf("%q is none of what it may list", entry)
+	}
+	l.names[strings.TrimSuffix(authority, ":80")] = true
+	return nil
+}
+
+func (l *hostList) hasAddress(ip netip.Addr) bool {
+	return l != nil && slices.ContainsFunc(l.networks, func(n netip.Prefix) bool { return n.Contains(ip) })
+}
+
+// hasHost reports whether the list has a name, or one that this is below.
+func (l *hostList) hasHost(host string) bool {
+	if l == nil {
+		return false
+	}
+	for name := strings.TrimRight(host, "."); name != ""; _, name, _ = strings.Cut(name, ".") {
+		if l.names[name] {
 			return true
 		}
 	}
-	if len(networks) == 0 {
-		return false
-	}
-	ips, _ := net.LookupHost(host) // an address is its own
-	return slices.ContainsFunc(ips, func(text string) bool {
-		ip, _ := netip.ParseAddr(text)
-		ip = ip.Unmap().WithZone("")
-		within := func(n netip.Prefix) bool { return n.Contains(ip) }
-		return ip.IsUnspecified() || slices.ContainsFunc(networks, within)
-	})
+	return false
 }
 
-// local answers a request to the proxy itself, or turns it into one to the origin that its path begins
-// with. Only if Host names us: else a page elsewhere could read what is meant for this machine, by a name
-// of its own that leads here (DNS rebinding).
-func (x *exchange) local(named string) *Answer {
-	ip, _ := netip.ParseAddr(hostOf(named))
-	here := x.c.LocalAddr().String()
-	ours := hostOf(named) == "localhost" || ip.IsLoopback() || hostOf(named) == hostOf(here)
-	must(ours && portOf(named) == portOf(here), "403 another name than this proxy's:", named)
-	name, _, _ := strings.Cut(x.path, "?")
-	switch get := oneOf(x.req.Line[0], "GET", "HEAD"); {
-	case name == "*":
-		return page(200, "text/plain", "")
-	case name == "/" && get:
-		return page(200, "text/html; charset=utf-8", status())
-	case name == "/proxy.pac":
-		const pac = `function FindProxyForURL(url, host) {
-	return shExpMatch(url, "http://%[1]s/*") ? "DIRECT" : "PROXY %[1]s" }`
-		return page(200, "application/x-ns-proxy-autoconfig", fmt.Sprintf(pac, named))
-	case get:
-		if e := x.file(name[1:]); e != nil {
-			return e
-		}
-	}
-	must(attempt(func() { x.aim(x.path[1:]) }) == nil, "404 neither a file nor a host:", x.path)
-	fail(control("", x.address, nil))
-	x.req.Del("Cookie", "Authorization") // they may be for what else a browser knows by this name
-	return nil
+// A journal is the access log, and what the status page tells of it.
+type journal struct {
+	begun time.Time
+	to    io.Writer
+
+	mu       sync.Mutex // guards the rest
+	out      *bufio.Writer
+	latest   []string // the last maxRecords lines, without queries and not of any length
+	requests int
+	hits     int
+	tunnels  int
+	errors   int
+	sent     int64 // bytes
+	saved    int64 // those of hits
 }
 
-// file answers with a file, to this machine only, and with none that is hidden or the cache's.
-func (x *exchange) file(name string) *Answer {
-	name = strings.NewReplacer(`\`, `"`, "%", `\x`).Replace(name) // %20 becomes \x20, a backslash an error
-	name, err := strconv.Unquote(`"` + name + `"`)
-	ip, _ := netip.ParseAddr(x.c.peer)
-	if *files == "" || err != nil || !ip.Unmap().IsLoopback() || strings.Contains("/"+name, "/.") {
-		return nil
-	}
-	root, err := os.OpenRoot(*files)
-	fail(err)
-	defer root.Close()
-	parent, _ := root.Stat(path.Dir(name))
-	store, _ := os.Stat(*dir)
-	info, err := root.Stat(name)
-	if err != nil || !info.Mode().IsRegular() || os.SameFile(parent, store) { // a pipe would hold us up
-		return nil
-	}
-	e := page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
-	e.Set("Last-Modified", info.ModTime().UTC().Format(dateFormat))
-	e.file, err = root.Open(name)
-	e.size, e.taken = info.Size(), info.Size()
-	fail(err)
-	return e
-}
-
-// cached answers from the store where it may (RFC 9111 §4), or from a download under way; else it asks. A
-// refresh behind a client's back must not be content with the stale answer that it is to replace.
-func (x *exchange) cached() *Answer {
-	for {
-		e, key, changes := cache.lookup(x.url, x.req)
-		why, meanwhile := choose(key == x.url, "uri-miss", "vary-miss"), false
-		if e != nil {
-			why, meanwhile = e.judge(x.req, x.start.Unix())
-		}
-		if meanwhile && !x.behind && e.storable(x.req) {
-			go x.refresh()
-			why = ""
-		}
-		if why == "" {
-			hit := "proxy; hit; ttl=" + strconv.FormatInt(e.born+e.life-x.start.Unix(), 10)
-			x.code = choose(e.file == nil, "TCP_MEM_HIT", "TCP_HIT")
-			x.why = choose(e.source == nil, hit, cmp.Or(x.why, "proxy; fwd=uri-miss; collapsed"))
-			return e
-		}
-		if x.req.Line[0] != "GET" || x.req.is("only-if-cached") || e == nil && *nth > 1 && !cache.due(x.url) {
-			return x.fetch(e, nil, why)
-		}
-		d, again := cache.claim(key, changes, !x.behind && !x.req.is("no-cache"))
-		if d != nil || !again && !x.behind {
-			return x.fetch(e, d, why)
-		}
-		e.Close()
-		must(again, "504 another refreshes it")
-		x.why = "proxy; fwd=" + why + "; collapsed"
-	}
-}
-
-// refresh asks once more behind a client's back, so that the answer gets stored.
-func (x *exchange) refresh() {
-	y := &exchange{c: &Conn{Conn: x.c.Conn, peer: x.c.peer}, req: x.req.Clone(), start: now(), behind: true}
-	y.address, y.path, y.url, y.req.Line[0] = x.address, x.path, x.url, "GET"
-	y.req.Del("If-None-Match", "If-Modified-Since", "Range", "If-Range")
-	e := y.try(y.cached)
-	io.Copy(io.Discard, io.LimitReader(e, choose[int64](e.passing(), 0, endless))) // only what gets stored
-	e.Close()
-}
-
-// outgoing is the request for the origin. validates tells that it asks whether the stored answer is still
-// good, in the place of the client's own condition (RFC 9111 §4.3.1).
-func (x *exchange) outgoing(stored *Answer) (h *Head, validates bool) {
-	h = x.req.Clone()
-	h.Line = [3]string{x.req.Line[0], x.path, "HTTP/1.1"}
-	h.Del("Host")
-	h.Fields = append(slices.Insert(h.Fields, 0, Field{"Host", x.host()}), Field{"Via", via(x.req)})
-	length := choose(h.Get("Content-Length") != "" || x.c.begun, strconv.FormatInt(max(0, x.c.kind), 10), "")
-	h.Set("Content-Length", choose(x.c.kind == chunked, "", length),
-		"Transfer-Encoding", choose(x.c.kind == chunked, "chunked", ""))
-	if validates = stored != nil && h.Line[0] == "GET" && stored.Status != 206 &&
-		stored.Get("ETag")+stored.Get("Last-Modified") != ""; validates {
-		h.Set("If-None-Match", stored.Get("ETag"), "If-Modified-Since", stored.Get("Last-Modified"))
-	}
-	return h, validates
-}
-
-// fetch asks the origin. The answer goes into d, the entry that has been claimed for it, if there is one
-// and it may. What is stored, if anything, is validated, and stands in where the origin fails.
-func (x *exchange) fetch(stored *Answer, d *Entry, why string) (e *Answer) {
-	defer func() {
-		if e == nil || e != stored && e.source != stored { // it is not used any more
-			stored.Close()
-		}
-		if d != nil && !d.shared { // there is nothing for others
-			defer lock(&cache)()
-			d.leave()
-		}
-	}()
-	must(!x.req.is("only-if-cached"), "504 not in the cache:", x.url)
-	asked, method, status := now(), x.req.Line[0], 0
-	req, validates := x.outgoing(stored)
-	res, c, err := origins.ask(x.address, req, x.c, x.interim)
-	if x.why = "proxy; fwd=" + why; err == nil {
-		status, x.peer, x.why = res.Status, "HIER_DIRECT/"+c.peer, x.why+"; fwd-status="+res.Line[1]
-	}
-	if stored != nil && stored.standsIn(x.req, status) {
-		if x.code = "TCP_REFRESH_FAIL_OLD"; err == nil {
-			body{c}.Close()
-		}
-		return stored
-	}
-	x.reached(err)
-	if res.endToEnd(); httpDate(res.Get("Date")) == 0 { // RFC 9110 §6.6.1
-		res.Set("Date", now().UTC().Format(dateFormat))
-	}
-	if method != "HEAD" && status != 304 { // it says how much there would be
-		res.Del("Content-Length")
-	}
-	if !oneOf(method, "GET", "HEAD", "OPTIONS", "TRACE") && status < 400 { // RFC 9111 §4.4
-		for _, reference := range []string{x.path, res.Get("Location"), res.Get("Content-Location")} {
-			if path := strings.TrimPrefix(reference, "http://"+x.host()); strings.HasPrefix(path, "/") {
-				cache.invalidate(x.host() + path)
-			}
-		}
-	}
-	x.code = choose(why == "request", "TCP_CLIENT_REFRESH_MISS", x.code)
-	x.code = choose(validates, "TCP_REFRESH_MODIFIED", x.code)
-	e = &Answer{Entry: cmp.Or(d, &Entry{})}
-	e.Head, e.source, e.size = res, body{c}, max(c.kind, -1)
-	if validates && status == 304 {
-		e.source.Close()
-		had, has := strings.TrimPrefix(stored.Get("ETag"), "W/"), strings.TrimPrefix(res.Get("ETag"), "W/")
-		if had != "" && has != "" && had != has { // it is of another (RFC 9111 §4.3.4)
-			return x.fetch(nil, d, why)
-		}
-		x.code = "TCP_REFRESH_UNMODIFIED"
-		e.Head, e.source, e.size = stored.updated(res), stored, stored.size
-	}
-	cache.store(e, stored, x.url, x.req, asked, x.person)
-	x.why += choose(e.passing(), "", "; stored")
-	forbidden := status == 304 && validates && (e.is("no-store", "private") || oneOf("*", e.list("Vary")...))
-	if e.passing() && d != nil && stored != nil && (forbidden || slices.Contains(heuristic, status)) {
-		cache.invalidate(d.key)
-	}
-	return e
-}
-
-// interim passes on an answer that comes before the final one, e.g., Early Hints (103).
-func (x *exchange) interim(res *Head) {
-	res.Del("Content-Length", choose(x.direct, "Set-Cookie", ""))
-	if res.endToEnd(); !x.behind && !x.req.old() {
-		x.c.Write(res.text(nil, "Via", via(res)))
-	}
-}
-
-// person tells one from another, as a cookie goes from the cache only to whom it was set. Nobody who
-// sends no User-Agent can be known again.
-func (x *exchange) person() string {
-	if x.req.Get("User-Agent") == "" {
-		return rand.Text()
-	}
-	all := fmt.Sprintf("%q%q%q", x.c.peer, x.req.list("User-Agent"), x.req.list("Cookie"))
-	return fmt.Sprintf("%.8x", sha256.Sum256([]byte(all)))
-}
-
-// reached ends the exchange where err says that the origin failed, or rather that the client did.
-func (x *exchange) reached(err error) {
-	if err == nil {
-		return
-	}
-	told, dns := Error("502"), (*net.DNSError)(nil)
-	errors.As(err, &told)
-	if cut, broken := x.c.upload.unfinished().(Error); broken { // by what the client sends, or does not
-		panic(cut)
-	}
-	must(!strings.HasPrefix(string(told), "403"), string(told))
-	must(!x.direct || !errors.As(err, &dns) || !dns.IsNotFound, "404 neither a file nor a host:", x.address)
-	late := strings.HasPrefix(string(told), "408") || os.IsTimeout(err)
-	panic(Error(choose(late, "504 ", "502 ") + x.address + ": " + err.Error()))
-}
-
-// selected is the head of the answer as the request's conditions and range have it, and which n bytes of
-// the body from off on go with it.
-func (x *exchange) selected(e *Answer) (h *Head, off, n int64) {
-	h, n = cmp.Or(e.own, e.Head), e.size
-	status, extent := 0, ""
-	if !e.passing() && (e.Status == 200 || e.Status == 206) {
-		status, off, n = e.part(x.req)
-	}
-	if x.direct || e.req != nil && e.own == nil && e.Get("Set-Cookie") != "" &&
-		e.req.Get("From") != x.person() {
-		h = h.Clone()
-		h.Del("Set-Cookie", "Set-Cookie2", "Clear-Site-Data")
-	}
-	switch {
-	case status == 0, status == e.Status && n == e.size:
-		return h, off, n
-	case status == 206:
-		extent = fmt.Sprintf("bytes %d-%d/%d", e.first+off, e.first+off+n-1, max(e.all, e.size))
-	case status == 416:
-		extent = fmt.Sprintf("bytes */%d", max(e.all, e.size))
-	case strings.HasSuffix(x.code, "_HIT"):
-		x.code = "TCP_IMS_HIT"
-	}
-	h = h.Clone()
-	h.Line[1], h.Line[2], h.Status = strconv.Itoa(status), reasons[status], status
-	h.Set("Content-Range", extent)
-	return h, off, n
-}
-
-// A page asked for as /host/path would else be of one origin with all others, with our own and the files
-// here: any page elsewhere could have them read by one of its own.
-const sandbox = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
-
-// send writes an answer.
-func (x *exchange) send(e *Answer) (err error) {
-	defer e.Close()
-	h, off, n := x.selected(e)
-	e.at.Store(off)
-	x.keep = x.keep && x.c.upload.unfinished() == nil // first, as it may read the body still
-	none, head, old := h.Status == 204 || h.Status == 304, x.req.Line[0] == "HEAD", x.req.old()
-	silent := none || head && (n < 0 || e.passing()) // of a length: HEAD repeats the origin's
-	x.keep = x.keep && (n >= 0 || silent || !old) && x.c.whole() && closing.Err() == nil
-	length := choose(!silent && n >= 0, strconv.FormatInt(n, 10), "")
-	age := strconv.FormatInt(min(max(0, now().Unix()-e.born), maxSeconds-1), 10)
-	chunks, body := !silent && n < 0 && !old, choose[io.Reader](e.passing(), e.source, e)
-	x.c.out = h.text(x.c.out, "Content-Length", length, "Transfer-Encoding", choose(chunks, "chunked", ""),
-		"Age", choose(e.req == nil || e.passing(), "", age), "Via", choose(x.why != "", via(h), ""),
-		"Cache-Status", x.why, "Connection", choose(!x.keep, "close", choose(old, "keep-alive", "")),
-		"Content-Security-Policy", choose(x.direct && x.why != "", sandbox, ""))
-	if x.res = h; old && n < 0 && !silent { // if the program ends now that is not to look like the end
-		x.c.Conn.(*net.TCPConn).SetLinger(0)
-	}
-	if n = choose(none || head, 0, n); e.file == nil && !e.passing() {
-		_, err = x.c.Write(e.memory[off : off+n])
-		return err
-	} else if !ready(body) {
-		x.c.Write(nil) // the head does not wait for the body
-	}
-	copied, err := x.c.send(io.LimitReader(body, choose(n < 0, endless, n)), chunks && !head)
-	return choose(err == nil && copied < n, io.ErrUnexpectedEOF, err)
-}
-
-// tunnel joins a client and an origin until both have had their say.
-func (x *exchange) tunnel() *Answer {
-	x.code = "TCP_MISS"
-	nc, err := origins.Dial("tcp", x.address)
-	x.reached(err)
-	o := newConn(nc, x.address)
-	defer o.Close()
-	ip, _ := netip.ParseAddr(o.peer) // back through it one would be 127.0.0.1, who may see files
-	here := ip.IsLoopback() && portOf(x.address) == portOf(x.c.LocalAddr().String())
-	must(!here, "508 a tunnel to this proxy itself:", x.address)
-	x.code, x.peer, x.res = "TCP_TUNNEL", "HIER_DIRECT/"+o.peer, &Head{Status: 200}
-	o.wait, x.c.wait = tunnelWait, tunnelWait
-	x.c.renew.Store(0)
-	o.expect(untilClose)
-	x.c.expect(untilClose)
-	x.c.Write([]byte("HTTP/1.1 200 Connection established\r\n\r\n"))
-	up, down := o.carry(x.c), x.c.carry(o)
-	<-up
-	<-down
-	return nil
-}
-
-// log writes a line in Squid's native format, and counts.
+// log writes a line in Squid's native format, and counts. To look at the
+// status page is not to be seen on it.
 func (x *exchange) log() {
-	url := choose(x.url == "", cmp.Or(x.path, x.address, "error:invalid-request"), "http://"+x.url)
-	kind, _, _ := strings.Cut(x.res.Get("Content-Type"), ";")
-	t := now().UnixMilli()
-	stamp, took := strconv.FormatInt(t, 10), strconv.FormatInt(t-x.start.UnixMilli(), 10)
-	line := stamp[:len(stamp)-3] + "." + stamp[len(stamp)-3:] + "       "[min(6, len(took)):] + took + " " +
-		x.c.peer + " " + x.code + "/" + strconv.Itoa(1000 + x.res.Status)[1:] + " " +
-		strconv.FormatInt(x.c.written, 10) + " " + printable(x.req.Line[0]) + " " + printable(url) + " - " +
-		x.peer + " " + printable(kind) + "\n"
-	defer lock(&journal)()
-	journal.out.WriteString(line)
-	if x.direct && x.path == "/" { // to look at the page is not to be seen on it
+	now, sent := x.now(), x.client.sent-x.before
+	outcome, status, kind, asked := string(x.status.Outcome), 0, "", "HIER_NONE/-"
+	if x.aborted {
+		outcome += "_ABORTED"
+	}
+	if x.res != nil {
+		status = x.res.Status
+		kind, _, _ = strings.Cut(x.res.Header.Get("Content-Type"), ";")
+	}
+	if x.origin.IsValid() {
+		asked = "HIER_DIRECT/" + x.origin.String()
+	}
+	stamp := strconv.FormatInt(now.UnixMilli(), 10)
+	seconds, millis := stamp[:len(stamp)-3], stamp[len(stamp)-3:]
+	took := strconv.FormatInt(now.Sub(x.start).Milliseconds(), 10)
+	front := seconds + "." + millis + "      "[min(len(took), 6):] + " " + took + " " +
+		x.client.peer.String() + " " + outcome + "/" + strconv.Itoa(1000 + status)[1:] + " " +
+		strconv.FormatInt(sent, 10) + " " + printable(x.req.Method) + " "
+	back := " - " + asked + " " + printable(kind) + "\n"
+	url := printable(x.subject())
+
+	j := &x.journal
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.out.WriteString(front + url + back)
+	if x.req.Direct && url == "/" {
 		return
 	}
-	line = line[:min(len(line), 4<<10)] + " - -" // cut, too, it has all fields that the page shows
-	journal.latest = append(journal.latest[max(0, len(journal.latest)-999):], line)
-	journal.requests++
-	if journal.bytes += x.c.written; strings.Contains(x.code, "HIT") {
-		journal.hits, journal.saved = journal.hits+1, journal.saved+x.c.written
+	j.requests++
+	j.sent += sent
+	switch {
+	case x.status.Outcome.isHit():
+		j.hits++
+		j.saved += sent
+	case x.status.Outcome == tunnelled:
+		j.tunnels++
+	case status >= 400:
+		j.errors++
 	}
+	url, _, _ = strings.Cut(url, "?")
+	j.latest = append(j.latest[max(0, len(j.latest)-maxRecords+1):], front+url[:min(len(url), maxShown)])
 }
 
-const statusPage = `<!DOCTYPE html><html lang=en><meta charset=utf-8><title>proxy</title>
-<meta name=viewport content="width=device-width"><meta name=color-scheme content="light dark">
-<meta http-equiv=refresh content=5><link rel=icon href=data:,><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:auto;padding:1em;overflow-wrap:anywhere}
-table{width:100%%;border-collapse:collapse}div{max-height:6em;overflow:auto}i{display:block;height:1.2em;
-min-width:3px;background:#38a169}td{padding:0 1em .3em 0;vertical-align:top;max-width:22em;white-space:nowrap;
-overflow:hidden;text-overflow:ellipsis}td:last-child{width:60%%;max-width:none;white-space:normal}@media(
-max-width:45em){td{display:inline-block;white-space:normal}tr,td:last-child{display:block;width:auto}}</style>
-<h1>proxy</h1><p>%s since %s; %d MiB of them came from the cache:<i style="width:%d%%"></i>
-<p>In the last five minutes %d%% of %d requests were hits (the latest are kept).
-<p>The cache has %d files, %.1f of %d MiB:<i style="width:%d%%"></i>
-<h2>Outcomes of the latest requests</h2><table>%s</table><h2>Busiest hosts</h2><table>%s</table>
-<h2>Latest requests</h2><table>%s</table>`
-
-// status is the page about all this: what has been counted, and what the end of the log tells.
-func status() string {
-	totals := totals()
-	defer lock(&cache)()
-	defer lock(&journal)()
-	outcomes, hosts, rows, hits, recent := map[string]int{}, map[string]int{}, "", 0, 0
-	for i, line := range slices.Backward(journal.latest) {
-		f := strings.Fields(html.EscapeString(line)) // no URL can become markup
-		seconds, _ := strconv.ParseInt(f[0][:len(f[0])-4], 10, 64)
-		code, _, _ := strings.Cut(f[3], "/")
-		outcomes[code]++
-		if url := strings.Split(f[6], "/"); len(url) > 2 {
-			hosts[url[2]]++
-		}
-		if now().Unix()-seconds < 300 {
-			recent, hits = recent+1, hits+choose(strings.Contains(code, "HIT"), 1, 0)
-		}
-		if at := time.Unix(seconds, 0).Format(time.TimeOnly); i >= len(journal.latest)-30 {
-			rows += fmt.Sprintf("<tr><td>%s<td>%s<td>%s ms<td><div>%s %s</div>", at, f[3], f[1], f[5], f[6])
-		}
+// subject returns what a request is about, for the log.
+func (x *exchange) subject() string {
+	u := x.req.URL
+	switch {
+	case x.req.Method == "CONNECT" && u.Authority != "":
+		return u.Authority
+	case u.Authority != "":
+		return u.String()
+	case x.req.Direct:
+		return u.Path
 	}
-	return fmt.Sprintf(statusPage, totals, journal.begun.Format(time.DateTime), journal.saved>>20,
-		journal.saved*100/max(1, journal.bytes), hits*100/max(1, recent), recent, cache.files,
-		float64(cache.size)/(1<<20), cache.limit>>20, cache.size*100/max(1, cache.limit),
-		bars(outcomes), bars(hosts), rows)
-}
-
-// bars draws what there is most of.
-func bars(counts map[string]int) (rows string) {
-	names := slices.SortedFunc(maps.Keys(counts), func(a, b string) int { return counts[b] - counts[a] })
-	for _, name := range names[:min(10, len(names))] {
-		width := counts[name] * 100 / counts[names[0]]
-		rows += fmt.Sprintf("<tr><td>%s<td>%d<td><i style=\"width:%d%%\"></i>", name, counts[name], width)
-	}
-	return rows
+	return "error:invalid-request"
 }
 
 // printable escapes what could be taken for another field or line of the log.
 func printable(s string) string {
 	strange := func(c rune) bool { return c <= ' ' || c > '~' || c == '"' }
+	if s == "" {
+		return "-"
+	}
 	if !strings.ContainsFunc(s, strange) {
-		return cmp.Or(s, "-")
+		return s
 	}
 	var b []byte
 	for _, c := range []byte(s) {
-		b = fmt.Appendf(b, choose(strange(rune(c)), "%%%02X", "%c"), c)
+		if strange(rune(c)) {
+			b = fmt.Appendf(b, "%%%02X", c)
+		} else {
+			b = append(b, c)
+		}
 	}
 	return string(b)
 }
+
+// flush writes the log out, and returns what it counts. After an error, such
+// as a full disk, the next lines are written as if nothing had been.
+func (j *journal) flush() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.out.Flush()
+	j.out.Reset(j.to)
+	return fmt.Sprintf("%d requests, %d%% of them hits, %d tunnels, %d errors; %.1f MiB sent, %.1f MiB of it saved",
+		j.requests, j.hits*100/max(1, j.requests), j.tunnels, j.errors, mebibytes(j.sent), mebibytes(j.saved))
+}
+
+func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }
+
+const statusPage = `<!DOCTYPE html><html lang=en><meta charset=utf-8><title>proxy on %[1]s</title>
+<meta name=viewport content="width=device-width"><meta name=color-scheme content="light dark">
+<meta http-equiv=refresh content=5><link rel=icon href=data:,><style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:64em;margin:auto;padding:1em;overflow-wrap:anywhere}
+table{border-collapse:collapse;width:100%%}td{padding:.2em 1em .2em 0;vertical-align:top}
+tr{border-bottom:1px solid #8884}td:last-child{width:60%%}meter{width:100%%;max-width:20em}
+@media(max-width:45em){td{display:inline-block}td:last-child{display:block;width:auto}}</style>
+<h1>proxy on %[1]s</h1><p>Since %[2]s: %[3]s.
+<p>The cache holds %[4]d files, %.1[5]f of at most %.1[6]f MiB.
+<h2>Busiest hosts of the last %[7]d requests</h2><table>%[8]s</table>
+<h2>Their outcomes</h2><table>%[9]s</table>
+<h2>The latest</h2><table>%[10]s</table>`
+
+// statusPage tells how the proxy is doing.
+func (j *journal) statusPage(c *Cache) string {
+	totals := j.flush()
+	files, size := c.usage()
+	name, _ := os.Hostname()
+	outcomes, hosts, rows := map[string]int{}, map[string]int{}, ""
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for i, line := range slices.Backward(j.latest) {
+		f := strings.Fields(html.EscapeString(line)) // no URL can become markup
+		outcomes[f[3]]++
+		host, _, _ := strings.Cut(strings.TrimPrefix(f[6], "http://"), "/")
+		hosts[host]++
+		if i >= len(j.latest)-maxRows {
+			seconds, _ := strconv.ParseFloat(f[0], 64)
+			ago := c.now().Sub(time.Unix(int64(seconds), 0)).Truncate(time.Second)
+			rows += fmt.Sprintf("<tr><td>%v ago<td>%s<td>%s<td>%s ms<td>%s bytes<td>%s %s",
+				ago, f[2], f[3], f[1], f[4], f[5], f[6])
+		}
+	}
+	return fmt.Sprintf(statusPage, html.EscapeString(name), j.begun.Format(time.DateTime), totals, files,
+		mebibytes(size), mebibytes(c.limit), len(j.latest), ranking(hosts), ranking(outcomes), rows)
+}
+
+// ranking lists the ten largest counts. Equal ones stand in the order of their
+// names, so that nothing moves when the page is loaded again.
+func ranking(counts map[string]int) (rows string) {
+	names := slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
+		return cmp.Or(counts[b]-counts[a], strings.Compare(a, b))
+	})
+	for _, name := range names[:min(10, len(names))] {
+		rows += fmt.Sprintf("<tr><td>%d<td>%s", counts[name], name)
+	}
+	return rows
+}
+
+const (
+	maxRecords = 1000             // requests that the status page knows of, and
+	maxRows    = 30               // that it lists
+	maxShown   = 300              // bytes of a URL there
+	stopWait   = 10 * time.Second // for exchanges under way when the program is to stop
+)

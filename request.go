@@ -1,8 +1,17 @@
 package main
 
-// HTTP/1.1 on the wire (RFC 9110, RFC 9112): heads, where bodies end, connections. Nothing here caches.
+// HTTP/1.1 messages on a connection (RFC 9110, RFC 9112): how a head is read
+// and checked, where a body ends, how both are written, and how an origin is
+// asked. Nothing in this file knows what a cache is.
+//
+// Its story comes first: the messages, readRequest and readResponse, the body
+// that follows a head, writeResponse and writeRequest, and roundTrip, which
+// asks an origin. Below that stand the connection, the pool of idle ones, the
+// strict rules of parsing, and small helpers.
+
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -10,6 +19,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,492 +29,1165 @@ import (
 	"time"
 )
 
-const (
-	maxHead    = 64 << 10         // bytes of a head; browsers send up to 16 KiB of cookies
-	maxFields  = 256              // fields of one; browsers send about 20
-	maxPiece   = 256 << 10        // bytes that a slow reader has to take within stallWait
-	maxCopied  = 4 << 10          // bytes that are copied to be written with others
-	maxIdle    = 512              // connections to origins that wait for use, of 8 KiB each
-	headWait   = 30 * time.Second // from a head's first byte to its last, however they trickle in
-	stallWait  = 60 * time.Second // for a request, for an idle connection's use, for any progress
-	tunnelWait = 15 * time.Minute // for any progress of a tunnel
+// A Field is one line of a head.
+type Field struct{ Name, Value string }
 
-	chunked, untilClose, endless = -1, -2, 1 << 62 // what framing returns besides a length; more than any
+// A Header holds the fields of a head in the order in which they came.
+type Header []Field
+
+// A Request is what a client asks for. It is not changed once it has been
+// read; what an origin gets is built from it by writeRequest.
+type Request struct {
+	Method string
+	Target string // as it stands in the request line
+	Proto  string // "HTTP/1.0" or "HTTP/1.1"
+	Header Header
+	Host   string // what the Host field names, as host:port; empty if there is none
+	URL    URL    // what is asked for
+	Direct bool   // the target was a path or "*": we are asked as a server, not as a proxy
+	Body   *body
+}
+
+// A Response is an answer, wherever it comes from: an origin, the cache, or a
+// page of our own. What a client gets is built from it by writeResponse.
+type Response struct {
+	Proto  string
+	Status int
+	Reason string
+	Header Header
+	Length int64 // bytes of the body (for HEAD: of the one it would have), -1 if only its end tells
+	Body   io.ReadCloser
+	Ready  bool       // the whole body is here, and reading it does not wait
+	Origin netip.Addr // where it came from; not valid if it was made here
+}
+
+// A URL is the part of an http URL that leads to a resource. Fragments and
+// passwords are never part of it.
+type URL struct {
+	Authority string // host:port in one spelling, as "example.com:80" or "[::1]:8080"
+	Path      string // path and query; "*" asks about a server as a whole
+}
+
+// A statusError is an error that a client may be told: a status code and one
+// sentence. Any other error is the origin's, and becomes a 502 or 504.
+type statusError struct {
+	code int
+	text string
+}
+
+// errSilent means that a connection was closed before the first byte of a
+// message, as an idle one may be at any time.
+var errSilent = errors.New("closed the connection without an answer")
+
+// readRequest reads the head of the next request and finds out where its body
+// ends. What two programs could read in two ways is refused and not repaired:
+// that is how requests are smuggled (RFC 9112 §11.2). With a statusError it
+// also returns what it has understood so far; any other error means that
+// there is no request to be answered.
+func readRequest(c *conn) (*Request, error) {
+	req := &Request{Body: &body{c: c}}
+	var err error
+	req.Header, err = c.readHead(false, req.parseLine)
+	if os.IsTimeout(err) && c.in.Buffered() > 0 {
+		err = errorf(408, "the head of the request has not come within %v", headWait)
+	}
+	if err == nil {
+		err = req.parseTarget()
+	}
+	if err == nil {
+		err = req.parseHost()
+	}
+	if err != nil {
+		return req, err
+	}
+	framing, length, err := findFraming(req.Proto, req.Header, false)
+	if err != nil {
+		return req, err
+	}
+	if req.Method == "CONNECT" {
+		framing, length = untilClose, -1
+	}
+	req.Body = newBody(c, framing, length)
+	return req, req.Body.checkFirstChunk()
+}
+
+// readResponse reads the head of a response to a method and finds out where
+// its body ends. Its errors are about the origin: the caller says which.
+func readResponse(c *conn, method string) (*Response, *body, error) {
+	res := new(Response)
+	var err error
+	res.Header, err = c.readHead(true, res.parseLine)
+	if err != nil {
+		return nil, nil, err
+	}
+	framing, length, err := findFraming(res.Proto, res.Header, true)
+	res.Length = length
+	if bodiless(res.Status) {
+		res.Length = 0
+	}
+	if method == "HEAD" || bodiless(res.Status) {
+		framing, length = byLength, 0
+	}
+	return res, newBody(c, framing, length), err
+}
+
+// readHead reads a first line, which parseLine is given, and the fields of a
+// head. One empty line before that is skipped (RFC 9112 §2.2).
+func (c *conn) readHead(response bool, parseLine func(string) error) (Header, error) {
+	if err := c.awaitHead(); err != nil {
+		return nil, err
+	}
+	defer c.endHead()
+	lines := newLineReader(c.in)
+	line := lines.next()
+	if line == "" {
+		line = lines.next()
+	}
+	if lines.err == nil {
+		lines.fail(parseLine(line))
+	}
+	header := lines.header(response)
+	return header, lines.err
+}
+
+// A body is what follows a head, decoded from its framing. Reading it returns
+// io.EOF only when it has ended as its head promised; the error of a body
+// that breaks off is a statusError.
+type body struct {
+	c       *conn
+	framing framing
+	length  int64       // in bytes, -1 while nobody knows
+	left    int64       // bytes to come: of the body or, where it is chunked, of the chunk
+	lines   lineReader  // reads what stands between chunks
+	begun   bool        // the first chunk has been read
+	whole   atomic.Bool // it has ended as promised; nothing is touched after that
+	upload  chan error  // tells how sending it to an origin ended; nil if nobody does
+}
+
+// A framing is a way to tell where a body ends (RFC 9112 §6.3).
+type framing int
+
+const (
+	byLength framing = iota
+	chunked
+	untilClose
 )
 
-var unread = new(Head)                                                // for what could not be read
-var errSilent = errors.New("closed the connection without an answer") // as an idle one may at any time
-
-// An Error is what a client is told: a status and a sentence. must ends an exchange with one, fail with
-// any error, by a panic that attempt turns into an error again: so a check takes one line.
-type Error string
-
-func (e Error) Error() string { return string(e[4:]) }
-func must(ok bool, sentence string, about ...string) {
-	if !ok {
-		for _, text := range about {
-			sentence += fmt.Sprintf(" %+.200q", text)
-		}
-		panic(Error(sentence))
+func newBody(c *conn, framing framing, length int64) *body {
+	b := &body{c: c, framing: framing, length: length, left: length}
+	b.lines = lineReader{in: c.in, room: maxHead, strict: true, tooLong: 400}
+	switch framing {
+	case chunked:
+		b.left = 0
+	case untilClose:
+		b.left = maxLength
 	}
+	b.whole.Store(length == 0)
+	return b
 }
-func fail(err error) {
-	if err != nil {
-		panic(err)
+
+func (b *body) Read(p []byte) (int, error) {
+	if b.whole.Load() {
+		return 0, io.EOF
 	}
-}
-func attempt(do func()) (err error) {
-	defer func() {
-		if failure := recover(); failure != nil {
-			err = failure.(error) // a bug, too, ends an exchange and not the program
+	if b.framing == chunked && b.left == 0 {
+		if err := b.nextChunk(); err != nil {
+			return 0, b.brokenBy(err)
 		}
-	}()
-	do()
+		if b.left == 0 {
+			b.whole.Store(true)
+			return 0, io.EOF
+		}
+	}
+
+	n, err := b.c.in.Read(p[:min(int64(len(p)), b.left)])
+	b.left -= int64(n)
+	switch {
+	case b.framing == byLength && b.left == 0, b.framing == untilClose && err == io.EOF:
+		b.whole.Store(true)
+		return n, io.EOF
+	case err != nil:
+		return n, b.brokenBy(err)
+	}
+	return n, nil
+}
+
+// nextChunk reads what stands between the data of two chunks, so that left
+// is the size of the next one, and 0 after the last (RFC 9112 §7.1). Chunk
+// extensions and trailers are dropped: nothing may depend on them (RFC 9110
+// §6.5.1). They may take 16 bytes for each chunk and maxHead more, so that
+// nobody keeps us reading for nothing.
+func (b *body) nextChunk() error {
+	if b.begun && b.lines.next() != "" {
+		b.lines.fail(badRequest("a chunk is longer than its size says"))
+	}
+	b.begun = true
+	b.lines.room += 16
+
+	line := b.lines.next()
+	size, _, _ := strings.Cut(line, ";")
+	size = strings.TrimRight(size, " \t") // some servers pad it
+	n, err := strconv.ParseUint(size, 16, 60)
+	if err != nil || len(size) > 16 {
+		b.lines.fail(badRequest("malformed chunk size %+.200q", line))
+	}
+	if n == 0 && b.lines.err == nil {
+		b.lines.header(false) // the trailers
+	}
+	b.left = int64(n)
+	return b.lines.err
+}
+
+// brokenBy returns the error of a body that ends too early.
+func (b *body) brokenBy(err error) error {
+	switch {
+	case isStatusError(err):
+		return err
+	case os.IsTimeout(err):
+		return errorf(408, "the rest of the body has not come within %v", b.c.limit)
+	}
+	return badRequest("the body breaks off")
+}
+
+// checkFirstChunk refuses a chunked body whose first chunk is malformed and
+// already here, so that nothing of such a request is sent on.
+func (b *body) checkFirstChunk() error {
+	buffered, _ := b.c.in.Peek(b.c.in.Buffered())
+	if b.framing != chunked || !bytes.Contains(buffered, []byte("\n")) {
+		return nil
+	}
+	if err := b.nextChunk(); err != nil {
+		return b.brokenBy(err)
+	}
+	if b.left == 0 {
+		b.framing, b.length = byLength, 0
+		b.whole.Store(true)
+	}
 	return nil
 }
 
-// A Head is all of a message but its body. Line is method, target, version or version, status, reason.
-type Head struct {
-	Line   [3]string
-	Status int // of an answer, 0 for a request
-	Fields []Field
-}
-type Field struct{ Name, Value string }
+// consumed reports whether the body has been read to its end, so that the
+// next message follows on the connection.
+func (b *body) consumed() bool { return b.sendError() == nil && b.whole.Load() }
 
-// line reads a line. Control characters are refused, and a bare LF where it is strict, as another program
-// may see an end there: that is how requests are smuggled and answers split (RFC 9112 §2.2, §11).
-func (c *Conn) line(strict bool, long string) (text string) {
-	for !strings.HasSuffix(text, "\n") {
-		part, err := c.in.ReadSlice('\n') // a full buffer is no error
-		c.room -= int64(len(part))
-		must(c.room >= 0, long)
-		fail(choose(err == bufio.ErrBufferFull, nil, err))
-		text += string(part)
+// sendError returns what keeps the body from having been sent to an origin. A
+// response may be a moment ahead of the last byte of the request, so that is
+// given a tenth of a second.
+func (b *body) sendError() error {
+	if b.upload == nil {
+		return nil
 	}
-	text, crlf := strings.CutSuffix(text[:len(text)-1], "\r")
-	bad := slices.ContainsFunc([]byte(text), func(b byte) bool { return b < ' ' && b != '\t' || b == 0x7f })
-	must(!bad && (crlf || !strict), "400 control character in a line, or the end of one without CR:", text)
-	return text
+	select {
+	case err := <-b.upload:
+		b.upload <- err // for whoever asks next
+		return err
+	case <-time.After(100 * time.Millisecond):
+		return errors.New("the upload goes on")
+	}
 }
 
-// fields reads fields up to an empty line. A folded one is malformed (RFC 9112 §5.2).
-func (c *Conn) fields(strict bool) (fields []Field) {
-	const long = "431 more than 256 fields, or 64 KiB"
-	fields = make([]Field, 0, 12)
-	for text := c.line(strict, long); text != ""; text = c.line(strict, long) {
-		name, value, colon := strings.Cut(text, ":")
-		must(colon && isToken(name), "400 malformed field", text)
-		must(len(fields) < maxFields, long)
-		fields = append(fields, Field{name, strings.Trim(value, " \t")})
+// feeds names the connection that the body's bytes go to. It is flushed
+// whenever reading the body may have to wait: small pieces leave together,
+// and none of them waits for the next.
+func (b *body) feeds(to flusher) { b.c.feeds = to }
+
+// A flusher sends at once what has been written to it.
+type flusher interface{ Flush() error }
+
+// writeResponse sends a client the answer to req: the head, with more fields
+// behind those of res, and then the body as it comes. It returns an error if
+// the client does not get all of it. It also reports whether another request
+// may follow on the connection, as the client has been told; keep says
+// whether the caller wants that.
+func writeResponse(c *conn, req *Request, res *Response, keep bool, more ...Field) (bool, error) {
+	old := req.Proto == "HTTP/1.0"
+	hasBody := req.Method != "HEAD" && !bodiless(res.Status)
+	endsByClose := hasBody && res.Length < 0 && old
+	chunks := hasBody && res.Length < 0 && !old
+	keep = keep && !endsByClose
+
+	switch {
+	case chunks:
+		more = append(more, Field{"Transfer-Encoding", "chunked"})
+	case res.Length >= 0 && !bodiless(res.Status):
+		more = append(more, Field{"Content-Length", strconv.FormatInt(res.Length, 10)})
 	}
-	return fields
+	switch {
+	case !keep:
+		more = append(more, Field{"Connection", "close"})
+	case old:
+		more = append(more, Field{"Connection", "keep-alive"})
+	}
+	// The version is ours, not the one that the origin speaks (RFC 9110 §6.2).
+	c.writeHead("HTTP/1.1 "+strconv.Itoa(res.Status)+" "+res.Reason, res.Header.endToEnd(), more)
+	if !hasBody {
+		return keep, c.Flush()
+	}
+	if !endsByClose {
+		return keep, writeBody(c, res.Body, res.Length, chunks)
+	}
+
+	// Such a client takes any close for the end, so until all is written a
+	// close is to be a reset, even the one that comes with our own death.
+	c.tcp().SetLinger(0)
+	err := writeBody(c, res.Body, res.Length, chunks)
+	if err != nil {
+		c.Close()
+		return false, err
+	}
+	c.tcp().SetLinger(-1)
+	return false, nil
 }
 
-// head reads the head of a request, or of an answer.
-func (c *Conn) head(answer bool) *Head {
-	const long = "414 a first line of more than 64 KiB"
-	line := c.line(false, long)
-	if line == "" { // one before it is let pass (RFC 9112 §2.2)
-		line = c.line(false, long)
+// writeBody sends a body of length bytes, or of unknown length (-1), each
+// piece as it comes.
+func writeBody(c *conn, from io.Reader, length int64, chunks bool) error {
+	if source, waits := from.(interface{ feeds(flusher) }); waits {
+		source.feeds(c)
 	}
-	h := new(Head)
-	h.Line[0], h.Line[1], _ = strings.Cut(line, " ")
-	h.Line[1], h.Line[2], _ = strings.Cut(h.Line[1], " ")
-	version, valid := h.Line[2], isToken(h.Line[0]) && h.Line[1] != "" && !strings.Contains(line, "\t")
-	if answer { // 101 is refused, as no Upgrade is passed on
-		h.Status, _ = strconv.Atoi(h.Line[1])
-		version, valid = h.Line[0], len(h.Line[1]) == 3 && h.Status >= 100 && h.Status != 101
+	var to io.Writer = c
+	if chunks {
+		to = chunkWriter{c}
 	}
-	must(valid && strings.HasPrefix(version, "HTTP/"), "400 malformed first line", line)
-	must(len(version) == 8 && "HTTP/1.0" <= version && version <= "HTTP/1.9", "505 unknown version", version)
-	h.Fields = c.fields(false)
-	return h
+
+	var err error
+	_, inMemory := from.(io.WriterTo)
+	if length < 0 || inMemory {
+		_, err = io.Copy(to, from)
+	} else {
+		// It takes a buffer as large as the body, where Copy takes 32 KiB for 1.
+		_, err = io.CopyN(to, from, length)
+	}
+	if err == nil && chunks {
+		_, err = c.Write([]byte("0\r\n\r\n"))
+	}
+	return cmp.Or(err, c.Flush()) // if the body broke off, what there is of it goes out
 }
 
-// text appends the head to b, and more fields, given by name and value in turn, but for those without a
-// value. Set takes them in the same way, and puts them in the place of all fields of those names.
-func (h *Head) text(b []byte, pairs ...string) []byte {
-	first := choose(h.Status == 0, h.Line[0], "HTTP/1.1") // an answer's version is ours (RFC 9110 §6.2)
-	line := func(name, separator, value string) {
-		b = append(append(append(append(b, name...), separator...), value...), "\r\n"...)
+// A chunkWriter writes each piece that it is given as one chunk.
+type chunkWriter struct{ c *conn }
+
+func (w chunkWriter) Write(p []byte) (int, error) {
+	w.c.out = fmt.Appendf(w.c.out, "%x\r\n", len(p))
+	w.c.Write(p) // the next Write returns its error
+	_, err := w.c.Write([]byte("\r\n"))
+	return len(p), err
+}
+
+// writeRequest writes the head of a request as its origin is to see it.
+func writeRequest(c *conn, req *Request, pseudonym string) error {
+	more := Header{viaField(req.Proto, pseudonym)}
+	if req.Body.framing == chunked {
+		more = append(more, Field{"Transfer-Encoding", "chunked"})
+	} else if req.Header.Has("Content-Length") || req.Header.Has("Transfer-Encoding") {
+		more = append(more, Field{"Content-Length", strconv.FormatInt(req.Body.length, 10)})
 	}
-	line(first+" "+h.Line[1], " ", h.Line[2])
-	for _, f := range h.Fields {
-		line(f.Name, ": ", f.Value)
+	c.writeHead(req.Method+" "+req.URL.Path+" HTTP/1.1",
+		Header{{"Host", req.URL.Host()}}, req.Header.endToEnd("Host"), more)
+	return c.Flush()
+}
+
+// writeHead writes a first line, and fields from several headers.
+func (c *conn) writeHead(line string, headers ...Header) {
+	c.out = append(c.out, line+"\r\n"...)
+	for _, h := range headers {
+		c.out = h.appendTo(c.out)
 	}
-	for ; len(pairs) > 0; pairs = pairs[2:] {
-		if pairs[1] != "" {
-			line(pairs[0], ": ", pairs[1])
+	c.out = append(c.out, "\r\n"...)
+}
+
+// viaField is what a proxy called pseudonym adds to a message (RFC 9110 §7.6.3).
+func viaField(proto, pseudonym string) Field {
+	return Field{"Via", strings.TrimPrefix(proto, "HTTP/") + " " + pseudonym}
+}
+
+// An originPool asks origins, and keeps idle connections to them.
+type originPool struct {
+	pseudonym string       // in Via
+	keepInner bool         // whether connections to inner addresses may be kept
+	guard     func(func()) // runs what a goroutine of its own does, and survives its bugs
+
+	mu   sync.Mutex
+	idle []idleConn // the one that was used last stands last
+}
+
+type idleConn struct {
+	*conn
+	authority string
+	since     time.Time
+}
+
+// roundTrip sends a request to its origin and returns the final response, of
+// which only the head has been read; closing its body gives the connection
+// back. Interim responses go to interim. An address is only dialed if permit
+// returns no error for it.
+//
+// Only what may be sent twice (RFC 9110 §9.2.2) goes over an idle connection,
+// and then once more over a new one if the origin was just closing that.
+func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
+	interim func(*Response)) (*Response, error) {
+	idempotent := slices.Contains([]string{"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}, req.Method)
+	if idempotent && req.Body.length == 0 && !authenticatesConnection(req.Header, "Authorization") {
+		if idle := p.take(req.URL.Authority); idle != nil {
+			res, err := p.ask(idle, req, interim)
+			if err != errSilent {
+				return res, err
+			}
 		}
 	}
-	return append(b, "\r\n"...)
+	c, err := dial(req.URL.Authority, permit)
+	if err != nil {
+		return nil, err
+	}
+	return p.ask(c, req, interim)
 }
-func (h *Head) Clone() *Head { return &Head{h.Line, h.Status, slices.Clone(h.Fields)} }
-func (h *Head) Get(name string) string { // the first of that name
-	for _, f := range h.Fields {
-		if same(f.Name, name) {
+
+// ask sends a request on a connection to its origin, and reads the head of
+// the final response. If that fails it closes the connection.
+func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Response, error) {
+	unsent := writeRequest(c, req, p.pseudonym)
+	if unsent == nil && !req.Body.whole.Load() {
+		p.startUpload(c, req.Body)
+	}
+
+	// An origin may answer before it has all of the request (RFC 9112 §9.5),
+	// even where it does not take any more of it.
+	res, content, err := readResponse(c, req.Method)
+	for n := 0; err == nil && res.Status < 200; n++ {
+		if n == maxInterim {
+			err = fmt.Errorf("more than %d interim responses", maxInterim)
+			break
+		}
+		interim(res)
+		res, content, err = readResponse(c, req.Method)
+	}
+	if err != nil {
+		c.Close()
+		if broken := req.Body.sendError(); isStatusError(broken) {
+			return nil, broken // the client's fault
+		}
+		if isStatusError(err) {
+			err = errors.New(err.Error()) // not the client's
+		}
+		return nil, err
+	}
+
+	res.Origin = c.peer
+	res.Ready = content.framing == byLength && content.length <= int64(c.in.Buffered())
+	res.Body = &originBody{
+		body:      content,
+		pool:      p,
+		authority: req.URL.Authority,
+		request:   req.Body,
+		reusable:  unsent == nil && p.mayReuse(c, req, res),
+	}
+	return res, nil
+}
+
+// mayReuse reports whether a connection may carry other requests after this
+// exchange. Some origins authenticate a connection instead of a request: one
+// that has seen that belongs to one user (NTLM and Negotiate, RFC 4559).
+func (p *originPool) mayReuse(c *conn, req *Request, res *Response) bool {
+	ambiguous := res.Header.Has("Content-Length") && res.Header.Has("Transfer-Encoding")
+	return keepsAlive(res.Proto, res.Header) && !ambiguous &&
+		(p.keepInner || !isInner(c.peer)) &&
+		!authenticatesConnection(req.Header, "Authorization") &&
+		!authenticatesConnection(res.Header, "WWW-Authenticate")
+}
+
+// An originBody is the body of an origin's response. Close may be called
+// while another goroutine reads.
+type originBody struct {
+	*body
+	pool      *originPool
+	authority string
+	request   *body // what the origin was sent
+	reusable  bool
+	closed    atomic.Bool
+}
+
+// Close keeps the connection for another request if this one is over, and the
+// origin has said nothing beyond the end of its response.
+func (b *originBody) Close() error {
+	if b.closed.Swap(true) {
+		return nil
+	}
+	if !b.reusable || !b.whole.Load() || b.c.in.Buffered() > 0 || !b.request.consumed() {
+		return b.c.Close()
+	}
+	b.pool.put(b.c, b.authority)
+	return nil
+}
+
+// startUpload begins to send the body of a request, beside the response that
+// may already be coming back. If the body breaks off the connection is closed,
+// as a part must not be taken for the whole. But where the origin takes no
+// more of it, its response may still be on the way.
+func (p *originPool) startUpload(to *conn, from *body) {
+	from.upload = make(chan error, 1)
+	go p.guard(func() {
+		err := badRequest("a bug ended the upload") // unless another error takes its place
+		defer func() {
+			if isStatusError(err) {
+				to.Close()
+			}
+			from.upload <- err
+		}()
+		err = writeBody(to, from, from.length, from.framing == chunked)
+	})
+}
+
+// take returns an idle connection to an origin, or nil.
+func (p *originPool) take(authority string) *conn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, idle := range slices.Backward(p.idle) {
+		if idle.authority != authority {
+			continue
+		}
+		p.idle = slices.Delete(p.idle, i, i+1)
+		if alive(idle.conn, syscall.Read) {
+			return idle.conn
+		}
+		idle.Close()
+	}
+	return nil
+}
+
+// put keeps a connection for the next request.
+func (p *originPool) put(c *conn, authority string) {
+	c.feeds = nil
+	p.mu.Lock()
+	p.idle = append(p.idle, idleConn{c, authority, time.Now()})
+	p.mu.Unlock()
+	p.closeIdle()
+}
+
+// closeIdle closes the connections that are too many, or that nobody has used
+// for a while.
+func (p *originPool) closeIdle() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.idle) > 0 && (len(p.idle) > maxIdle || time.Since(p.idle[0].since) > stallWait) {
+		p.idle[0].Close()
+		p.idle = p.idle[1:]
+	}
+}
+
+// dial connects to host:port. Names are looked up here, and permit sees the
+// address that is really dialed.
+func dial(authority string, permit func(netip.Addr) error) (*conn, error) {
+	dialer := net.Dialer{
+		Timeout: dialWait,
+		Control: func(_, address string, _ syscall.RawConn) error {
+			to, err := netip.ParseAddrPort(address)
+			if err != nil {
+				return err
+			}
+			return permit(to.Addr().Unmap().WithZone(""))
+		},
+	}
+	nc, err := dialer.Dial("tcp", authority)
+	if err != nil {
+		return nil, err
+	}
+	return newConn(nc), nil
+}
+
+// alive reports whether an idle connection is open and the origin has said
+// nothing on it: reading its socket has to say that it would block. That
+// costs 0.5 µs. Package syscall has no such call with the same types
+// everywhere, hence the type parameter; Windows can't be asked so.
+func alive[FD ~int | ~uintptr](c *conn, read func(FD, []byte) (int, error)) bool {
+	if os.PathSeparator == '\\' {
+		return true
+	}
+	raw, err := c.tcp().SyscallConn()
+	if err == nil {
+		raw.Read(func(fd uintptr) bool {
+			_, err = read(FD(fd), make([]byte, 1))
+			return true
+		})
+	}
+	return err == syscall.EAGAIN
+}
+
+// join makes a tunnel of two connections: bytes go both ways until both sides
+// have ended.
+func join(a, b *conn, guard func(func())) {
+	for _, c := range []*conn{a, b} {
+		c.limit = tunnelWait
+		c.moves.Store(0)
+	}
+	done := make(chan struct{})
+	go guard(func() {
+		defer close(done)
+		pipe(a, b)
+	})
+	pipe(b, a)
+	<-done
+}
+
+// pipe carries what comes on one connection to the other, and after that the
+// news that no more comes.
+func pipe(to, from *conn) {
+	if err := writeBody(to, newBody(from, untilClose, -1), -1, false); err != nil {
+		to.Close()
+	} else {
+		to.tcp().CloseWrite()
+	}
+}
+
+// A conn is a connection to a client or an origin on which no read or write
+// waits for longer than limit. Small writes are gathered until Flush.
+type conn struct {
+	net.Conn
+	peer  netip.Addr // whom it leads to
+	in    *bufio.Reader
+	out   []byte        // written, but not yet sent
+	err   error         // what ended writing
+	sent  int64         // bytes
+	feeds flusher       // is flushed before a read that may wait; may be nil
+	limit time.Duration // the longest time without progress
+	moves atomic.Int64  // when the deadline is to be moved next, in Unix nanoseconds
+}
+
+func newConn(nc net.Conn) *conn {
+	c := &conn{Conn: nc, limit: stallWait}
+	c.in = bufio.NewReader(c)
+	if address, err := netip.ParseAddrPort(nc.RemoteAddr().String()); err == nil {
+		c.peer = address.Addr().Unmap().WithZone("")
+	}
+	return c
+}
+
+func (c *conn) tcp() *net.TCPConn { return c.Conn.(*net.TCPConn) }
+
+// progress moves the deadline of reads and writes, which are due within limit
+// from now on. It does so only once in a sixteenth of that, as it costs 0.3 µs.
+func (c *conn) progress() {
+	now := time.Now()
+	if now.UnixNano() < c.moves.Load() {
+		return
+	}
+	c.moves.Store(now.Add(c.limit / 16).UnixNano())
+	c.SetDeadline(now.Add(c.limit + c.limit/16))
+}
+
+func (c *conn) Read(p []byte) (int, error) {
+	if c.feeds != nil {
+		c.feeds.Flush() // an error comes back from the next Write there
+	}
+	c.progress()
+	return c.Conn.Read(p)
+}
+
+// Write gathers what is small; a system call costs 5 µs.
+func (c *conn) Write(p []byte) (int, error) {
+	if len(c.out)+len(p) <= maxGathered {
+		c.out = append(c.out, p...)
+		return len(p), c.err
+	}
+	return len(p), c.send(p)
+}
+
+// Flush sends what has been gathered.
+func (c *conn) Flush() error { return c.send(nil) }
+
+// send sends what has been gathered, and p behind it in the same system call,
+// in pieces that even a slow reader takes within the limit.
+func (c *conn) send(p []byte) error {
+	for c.err == nil && len(c.out)+len(p) > 0 {
+		piece := p[:min(len(p), maxPiece)]
+		p = p[len(piece):]
+		c.progress()
+		buffers := net.Buffers{c.out, piece}
+		n, err := buffers.WriteTo(c.Conn)
+		c.sent += n
+		c.err = err
+		c.out = c.out[:0]
+	}
+	return c.err
+}
+
+// awaitHead waits for the first byte of a head. From then on the head has to
+// be whole within headWait, however its bytes trickle in, until endHead.
+func (c *conn) awaitHead() error {
+	c.feeds = nil
+	_, err := c.in.Peek(1)
+	if os.IsTimeout(err) {
+		return err
+	}
+	if err != nil {
+		return errSilent
+	}
+	buffered, _ := c.in.Peek(c.in.Buffered())
+	if !bytes.Contains(buffered, []byte("\r\n\r\n")) {
+		c.moves.Store(maxLength) // progress does not move this deadline
+		c.SetDeadline(time.Now().Add(headWait))
+	}
+	return nil
+}
+
+func (c *conn) endHead() {
+	if c.moves.Load() == maxLength {
+		c.moves.Store(0)
+	}
+}
+
+// closeGently lets the client read the last response first: a connection that
+// is closed while bytes from the client are unread is reset, and what the
+// client has not read yet is lost (RFC 9112 §9.6).
+func (c *conn) closeGently() {
+	c.tcp().CloseWrite()
+	c.SetDeadline(time.Now().Add(lingerWait))
+	io.CopyN(io.Discard, c.Conn, maxDrained)
+	c.Close()
+}
+
+// Sizes, counts and waits.
+const (
+	maxHead     = 64 << 10         // bytes of a head; browsers send up to 16 KiB of cookies
+	maxFields   = 256              // of a head; browsers send about 20
+	maxInterim  = 256              // interim responses to a request
+	maxIdle     = 512              // idle connections to origins, of 8 KiB each
+	maxGathered = 4 << 10          // bytes that are copied to be sent with others
+	maxPiece    = 256 << 10        // bytes that a reader has to take within stallWait
+	maxDrained  = 1 << 20          // bytes that are read and dropped before a close
+	maxLength   = 1<<63 - 1        // bytes of a body; also a time that never comes
+	dialWait    = 10 * time.Second // for a connection to an origin
+	headWait    = 30 * time.Second // for a head, from its first byte to its last
+	stallWait   = 60 * time.Second // without any progress, and for idle connections
+	tunnelWait  = 15 * time.Minute // without any progress in either direction of a tunnel
+	lingerWait  = 2 * time.Second  // for a client to close a connection that we have ended
+)
+
+// A lineReader reads lines. Its first error sticks, and after that every line
+// is empty, so that a parser checks err once, at its end.
+type lineReader struct {
+	in      *bufio.Reader
+	room    int  // bytes that lines may still take
+	strict  bool // refuse a line that ends in LF alone
+	tooLong int  // the status code when there is no room left
+	err     error
+}
+
+func newLineReader(in *bufio.Reader) *lineReader {
+	return &lineReader{in: in, room: maxHead, tooLong: 414}
+}
+
+// fail sets the error, unless there has been one before.
+func (r *lineReader) fail(err error) {
+	if r.err == nil {
+		r.err = err
+	}
+}
+
+// next reads a line, without its end. Control characters are refused, and so
+// is a bare CR: another program might see the end of a line there (RFC 9112
+// §2.2).
+func (r *lineReader) next() string {
+	if r.err != nil {
+		return ""
+	}
+	part, err := r.in.ReadSlice('\n')
+	line := string(part)
+	for err == bufio.ErrBufferFull && len(line) <= r.room {
+		part, err = r.in.ReadSlice('\n')
+		line += string(part)
+	}
+	r.room -= len(line)
+	line, isLine := strings.CutSuffix(line, "\n")
+	line, isCRLF := strings.CutSuffix(line, "\r")
+	switch {
+	case r.room < 0:
+		r.fail(errorf(r.tooLong, "more than %d bytes in front of the body", maxHead))
+	case !isLine:
+		r.fail(err)
+	case r.strict && !isCRLF:
+		r.fail(badRequest("a line that does not end in CR LF: %+.200q", line))
+	case hasControl(line):
+		r.fail(badRequest("a control character in a line: %+.200q", line))
+	}
+	if r.err != nil {
+		return ""
+	}
+	return line
+}
+
+// header reads fields up to the empty line that ends them. A space before the
+// colon is removed from a response and refused in a request (RFC 9112 §5.1);
+// so is a line that continues the one before (§5.2), which begins with one.
+func (r *lineReader) header(response bool) Header {
+	if r.tooLong == 414 {
+		r.tooLong = 431 // the first line was short enough
+	}
+	header := make(Header, 0, 16)
+	for line := r.next(); line != ""; line = r.next() {
+		name, value, found := strings.Cut(line, ":")
+		if response {
+			name = strings.TrimRight(name, " \t")
+		}
+		if !found || !isToken(name) {
+			r.fail(badRequest("malformed field %+.200q", line))
+		}
+		if len(header) == maxFields {
+			r.fail(errorf(431, "more than %d fields", maxFields))
+		}
+		header = append(header, Field{name, strings.Trim(value, " \t")})
+	}
+	return header
+}
+
+// parseLine reads a request line: three parts with one space between them
+// (RFC 9112 §3).
+func (req *Request) parseLine(line string) error {
+	var rest string
+	req.Method, rest, _ = strings.Cut(line, " ")
+	req.Target, req.Proto, _ = strings.Cut(rest, " ")
+	if !isToken(req.Method) || req.Target == "" || strings.Contains(line, "\t") {
+		return badRequest("malformed request line %+.200q", line)
+	}
+	return checkVersion(req.Proto)
+}
+
+// parseLine reads the first line of a response (RFC 9112 §4). 101 is refused,
+// as no Upgrade is passed on.
+func (res *Response) parseLine(line string) error {
+	var code string
+	res.Proto, code, _ = strings.Cut(line, " ")
+	code, res.Reason, _ = strings.Cut(code, " ")
+	status, err := strconv.ParseUint(code, 10, 16)
+	if err != nil || len(code) != 3 || status < 100 || status == 101 {
+		return badRequest("malformed status line %+.200q", line)
+	}
+	res.Status = int(status)
+	return checkVersion(res.Proto)
+}
+
+// checkVersion accepts HTTP/1.0 and every later minor version of HTTP/1.
+func checkVersion(proto string) error {
+	if !strings.HasPrefix(proto, "HTTP/") {
+		return badRequest("not a version of HTTP: %+.200q", proto)
+	}
+	if len(proto) != len("HTTP/1.1") || proto < "HTTP/1.0" || proto > "HTTP/1.9" {
+		return errorf(505, "unknown version %+.200q", proto)
+	}
+	return nil
+}
+
+// parseTarget reads the request target in its four forms (RFC 9112 §3.2).
+func (req *Request) parseTarget() error {
+	var err error
+	switch target := req.Target; {
+	case req.Method == "CONNECT":
+		req.URL.Authority, err = parseAuthority(target)
+		_, port, _ := net.SplitHostPort(req.URL.Authority)
+		if err == nil && !strings.HasSuffix(target, ":"+port) {
+			err = badRequest("CONNECT without a port: %+.200q", target)
+		}
+	case target[0] == '/', target == "*" && req.Method == "OPTIONS":
+		req.Direct = true
+		req.URL.Path = target
+	case len(target) >= 7 && strings.EqualFold(target[:7], "http://"):
+		req.URL, err = parseURL(target[7:])
+		if req.Method == "OPTIONS" && !strings.ContainsAny(target[7:], "/?#") {
+			req.URL.Path = "*" // the server as a whole (RFC 9112 §3.2.4)
+		}
+	default:
+		err = badRequest("not an http:// URL: %+.200q", target)
+	}
+	return err
+}
+
+// parseURL takes apart a URL without its scheme. The fragment is not for us
+// (RFC 9110 §7.1), and a password in front of the host is not sent anywhere:
+// wget, Java and others send both.
+func parseURL(rest string) (URL, error) {
+	rest, _, _ = strings.Cut(rest, "#")
+	end := strings.IndexAny(rest+"/", "/?")
+	authority, path := rest[:end], rest[end:]
+	if strings.Contains(authority, `\`) {
+		// Where some programs see the end of the host, and others do not.
+		return URL{}, badRequest("a backslash in the host of a URL: %+.200q", authority)
+	}
+	if _, host, hasUser := strings.Cut(authority, "@"); hasUser {
+		authority = host
+	}
+	if !strings.HasPrefix(path, "/") {
+		path = "/" + path
+	}
+	address, err := parseAuthority(authority)
+	return URL{address, path}, err
+}
+
+// parseHost checks that the request names one host. Only HTTP/1.0 may name
+// none (RFC 9112 §3.2).
+func (req *Request) parseHost() error {
+	hosts := req.Header.Values("Host")
+	if len(hosts) == 0 && req.Proto == "HTTP/1.0" {
+		return nil
+	}
+	if len(hosts) != 1 || hosts[0] == "" {
+		return badRequest("Host must name one host, not %+.200q", strings.Join(hosts, ", "))
+	}
+	if !req.Direct && hosts[0] == req.URL.Host() {
+		req.Host = req.URL.Authority // the usual case: checked already
+		return nil
+	}
+	var err error
+	req.Host, err = parseAuthority(hosts[0])
+	return err
+}
+
+// parseAuthority returns host[:port] in one spelling: in lower case, IPv6
+// addresses as in RFC 5952, and always with a port, 80 by default.
+func parseAuthority(s string) (string, error) {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil {
+		host, port, err = net.SplitHostPort(s + ":80")
+	}
+	number, noNumber := strconv.ParseUint(cmp.Or(port, "80"), 10, 16)
+	if cmp.Or(err, noNumber) != nil || number == 0 || strings.Trim(host, hostCharacters) != "" {
+		return "", badRequest("not a host with or without a port: %+.200q", s)
+	}
+	ip, noAddress := netip.ParseAddr(host)
+	isIPv6 := noAddress == nil && ip.Is6()
+	if host == "" || isIPv6 != strings.HasPrefix(s, "[") {
+		return "", badRequest("not a host with or without a port: %+.200q", s)
+	}
+	if isIPv6 {
+		host = ip.String()
+	}
+	return net.JoinHostPort(strings.ToLower(host), strconv.FormatUint(number, 10)), nil
+}
+
+// What names and addresses of hosts consist of.
+const hostCharacters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:"
+
+// findFraming decides where the body of a message ends, if it has one, in the
+// order of RFC 9112 §6.3. It also returns its length, -1 if nobody knows.
+func findFraming(proto string, h Header, response bool) (framing, int64, error) {
+	lengths := h.Values("Content-Length")
+	codings := h.Values("Transfer-Encoding")
+
+	// A request with both is how requests are smuggled (§11.2). In a response
+	// the coding counts.
+	if len(codings) > 0 && len(lengths) > 0 && !response {
+		return 0, 0, badRequest("both Transfer-Encoding and Content-Length")
+	}
+	coding := strings.Join(codings, ", ")
+	switch {
+	case len(codings) > 0 && equalFold(coding, "chunked") && proto != "HTTP/1.0":
+		return chunked, -1, nil
+	case len(codings) > 0 && response && isToken(coding) && !knownCoding.MatchString(coding):
+		return untilClose, -1, nil // passed on as it is
+	case len(codings) > 0:
+		return 0, 0, errorf(501, "the transfer coding %+.200q in %s is not supported", coding, proto)
+	}
+
+	// Several lengths are several opinions about where the next message
+	// begins. A response may repeat one.
+	if response {
+		lengths = slices.Compact(lengths)
+	}
+	if len(lengths) > 1 {
+		return 0, 0, badRequest("several lengths: %+.200q", strings.Join(lengths, ", "))
+	}
+	switch {
+	case len(lengths) == 0 && response:
+		return untilClose, -1, nil
+	case len(lengths) == 0:
+		return byLength, 0, nil
+	}
+	length, err := strconv.ParseUint(lengths[0], 10, 62)
+	if err != nil {
+		return 0, 0, badRequest("malformed Content-Length %+.200q", lengths[0])
+	}
+	return byLength, int64(length), nil
+}
+
+// Transfer codings that change a body in a known way, and all that look like it.
+var knownCoding = regexp.MustCompile("(?i)chunk|gzip|deflate|compress|identity")
+
+// bodiless reports whether responses with a status never have a body
+// (RFC 9110 §6.4.1).
+func bodiless(status int) bool { return status < 200 || status == 204 || status == 304 }
+
+// keepsAlive reports whether the sender of a message leaves its connection
+// open for another (RFC 9112 §9.3).
+func keepsAlive(proto string, h Header) bool {
+	options := append(h.Values("Connection"), h.Values("Proxy-Connection")...)
+	if containsFold(options, "close") {
+		return false
+	}
+	return proto != "HTTP/1.0" || containsFold(options, "keep-alive")
+}
+
+// authenticatesConnection reports whether a field with credentials or a
+// challenge shows a scheme that authenticates the whole connection.
+func authenticatesConnection(h Header, name string) bool {
+	return slices.ContainsFunc(h.Values(name), func(element string) bool {
+		scheme, _, _ := strings.Cut(element, " ")
+		return equalFold(scheme, "NTLM") || equalFold(scheme, "Negotiate")
+	})
+}
+
+// isInner reports whether an address leads to this machine itself, or to what
+// only its own link reaches: cloud providers answer with a machine's
+// credentials at 169.254.169.254 and fd00:ec2::254.
+func isInner(ip netip.Addr) bool {
+	return ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() ||
+		ip == netip.MustParseAddr("fd00:ec2::254")
+}
+
+// statusText has the reason phrases of the responses that are made here.
+var statusText = map[int]string{
+	200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized",
+	403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+	407: "Proxy Authentication Required", 408: "Request Timeout", 414: "URI Too Long",
+	416: "Range Not Satisfiable", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
+	500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway", 504: "Gateway Timeout",
+	505: "HTTP Version Not Supported", 508: "Loop Detected",
+}
+
+// Host returns the authority as the Host field has it: without port 80.
+func (u URL) Host() string { return strings.TrimSuffix(u.Authority, ":80") }
+
+func (u URL) String() string { return "http://" + u.Host() + u.Path }
+
+// Get returns the value of the first field of a name, empty if there is none.
+func (h Header) Get(name string) string {
+	for _, f := range h {
+		if equalFold(f.Name, name) {
 			return f.Value
 		}
 	}
 	return ""
 }
-func (h *Head) Del(names ...string) {
-	h.Fields = slices.DeleteFunc(h.Fields, func(f Field) bool { return oneOf(f.Name, names...) })
-}
-func (h *Head) Set(pairs ...string) {
-	for ; len(pairs) > 0; pairs = pairs[2:] {
-		if h.Del(pairs[0]); pairs[1] != "" {
-			h.Fields = append(h.Fields, Field{pairs[0], pairs[1]})
-		}
-	}
+
+// Has reports whether there is a field of a name.
+func (h Header) Has(name string) bool {
+	return slices.ContainsFunc(h, func(f Field) bool { return equalFold(f.Name, name) })
 }
 
-// list splits all fields of a name at commas, but not at those in quoted strings (RFC 9110 §5.6.1).
-func (h *Head) list(name string) (elements []string) {
-	for _, f := range h.Fields {
-		for i, start, quoted := 0, 0, false; i <= len(f.Value) && (i > 0 || same(f.Name, name)); i++ {
-			if i == len(f.Value) || f.Value[i] == ',' && !quoted {
-				elements, start = append(elements, strings.Trim(f.Value[start:i], " \t")), i+1
-			} else if f.Value[i] == '"' {
-				quoted = !quoted
-			} else if f.Value[i] == '\\' && quoted && i+1 < len(f.Value) {
-				i++
-			}
+// Values returns the elements of a list-valued field, from all its lines
+// (RFC 9110 §5.6.1). A comma in a quoted string does not separate.
+func (h Header) Values(name string) []string {
+	var elements []string
+	for _, f := range h {
+		if equalFold(f.Name, name) {
+			elements = append(elements, splitList(f.Value, ",")...)
 		}
 	}
 	return elements
 }
-func (h *Head) old() bool { return h.Line[choose(h.Status == 0, 2, 0)] == "HTTP/1.0" }
-func (h *Head) keepAlive() bool { // RFC 9112 §9.3
-	options := append(h.list("Connection"), h.list("Proxy-Connection")...)
-	return !oneOf("close", options...) && (!h.old() || oneOf("keep-alive", options...))
-}
 
-// endToEnd removes what concerns one connection only (RFC 9110 §7.6.1): what Connection names, but not
-// what framing, routing and caching need, as to name that is an attack; and Trailer, as we drop them.
-func (h *Head) endToEnd() {
-	h.Del(slices.DeleteFunc(h.list("Connection"), func(name string) bool {
-		return oneOf(name, "Host", "Content-Length", "Via", "Max-Forwards", "Cache-Control", "Vary")
-	})...)
-	h.Del("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authentication-Info",
-		"Proxy-Authorization", "Proxy-Connection", "TE", "Trailer", "Transfer-Encoding", "Upgrade")
-}
-
-// via is what we say of a message (RFC 9110 §7.6.3).
-func via(h *Head) string { return choose(h.old(), "1.0 ", "1.1 ") + pseudonym }
-
-// framing decides, and nothing else does, where the body behind h ends (RFC 9112 §6.3): after a length,
-// with the last chunk, or with the connection. What two readers could take in two ways is refused:
-// several lengths, one beside a transfer coding, a coding in HTTP/1.0, or any but one chunked. Only an
-// answer may have one that nobody knows.
-func (h *Head) framing(bodiless bool) int64 {
-	lengths, codings := h.list("Content-Length"), h.list("Transfer-Encoding")
-	length, ok := digits(append(lengths, "0")[0])
-	ok = ok && length < endless && len(lengths) < 2 && (len(lengths) == 0 || len(codings) == 0)
-	coding := strings.Join(codings, ", ")
-	must(ok, "400 contradictory Content-Length and Transfer-Encoding:", strings.Join(lengths, ", "), coding)
-	plain := same(coding, "chunked") && !h.old()
-	other := h.Status != 0 && isToken(coding) && !strings.Contains(strings.ToLower(coding), "chunk") &&
-		!oneOf(coding, "gzip", "deflate", "compress", "identity")
-	must(len(codings) == 0 || plain || other, "501 no transfer coding but one chunked is supported:", coding)
-	if bodiless || 100 <= h.Status && h.Status < 200 || h.Status == 204 || h.Status == 304 {
-		return 0
-	}
-	length = choose(len(lengths) == 0 && h.Status != 0, untilClose, length)
-	return choose(plain, chunked, length)
-}
-
-// authority returns host[:port] in one spelling: lower case, IPv6 as in RFC 5952, and with a port.
-func authority(s string) string {
-	host, port := s, "80"
-	if i := strings.LastIndexByte(host, ':'); i > strings.LastIndexByte(host, ']') {
-		host, port = host[:i], host[i+1:]
-	}
-	n, err := strconv.ParseUint(cmp.Or(port, "80"), 10, 16)
-	ok := host != "" && err == nil && n > 0
-	if strings.HasPrefix(host, "[") && strings.HasSuffix(host, "]") {
-		ip, _ := netip.ParseAddr(host[1 : len(host)-1])
-		host, ok = "["+ip.String()+"]", ok && ip.Is6() && ip.Zone() == ""
-	} else { // checked before lower case makes a k of a Kelvin sign
-		ok = ok && isToken(host) && !strings.ContainsAny(host, "!#$%&'*+^`|~")
-	}
-	must(ok, "400 no host with or without a port:", s)
-	return strings.ToLower(host) + ":" + strconv.FormatUint(n, 10)
-}
-
-func portOf(address string) string { return address[strings.LastIndexByte(address, ':')+1:] }
-func hostOf(address string) string { host, _, _ := net.SplitHostPort(address); return host }
-
-// authority remembers the last: Host, the URL and the next request have the same, and one costs 0.5 µs.
-func (c *Conn) authority(s string) string {
-	if s == "" || s != c.named {
-		c.named, c.address = s, authority(s)
-	}
-	return c.address
-}
-
-// A Conn is a connection to a client or an origin, on which no read or write waits longer than wait, or a
-// file, and the message that is being read from it; expect begins its body, of a kind as framing says.
-type Conn struct {
-	net.Conn
-	in             *bufio.Reader
-	out            []byte      // what goes out with the next Write
-	pair           [2][]byte   // what goes out at once, here so that it leaves no garbage,
-	gather         net.Buffers // and as the system takes it
-	written        int64       // bytes of the exchange
-	wait           time.Duration
-	renew          atomic.Int64 // Unix nanoseconds from which on the deadline has to be moved
-	room           int64        // bytes that lines may have until they are too long
-	origin         string       // where it leads to, host:port
-	peer           string       // whom it leads to, without a port
-	kind, left     int64        // what framing said, 0 after the last chunk; bytes to come, of it or a chunk
-	begun, last    bool         // a chunk has been read, but for the CR LF behind it; no message follows
-	upload         transfer     // of the request's body from the client to the origin, if it has one
-	named, address string       // the authority that has been read last, and its one spelling
-}
-
-func newConn(nc net.Conn, origin string) *Conn {
-	c := &Conn{Conn: nc, wait: stallWait, origin: origin, peer: hostOf(nc.RemoteAddr().String())}
-	c.in = bufio.NewReader(c)
-	return c
-}
-func (c *Conn) extend() { // once in a sixteenth of the wait, as it costs 0.3 µs
-	if t := time.Now(); t.UnixNano() > c.renew.Load() {
-		c.renew.Store(t.Add(c.wait / 16).UnixNano())
-		c.SetDeadline(t.Add(c.wait + c.wait/16))
-	}
-}
-func (c *Conn) Read(p []byte) (int, error) { c.extend(); return c.Conn.Read(p) }
-
-// Write writes out and p: a small p as one with out, as each write costs 5 µs, else not copied, in pieces
-// that a slow reader takes in time.
-func (c *Conn) Write(p []byte) (n int, err error) {
-	if n = len(p); n <= maxCopied {
-		c.out, p = append(c.out, p...), nil
-	}
-	for err == nil && len(c.out)+len(p) > 0 {
-		head, piece := c.out, p[:min(len(p), maxPiece)]
-		c.out, p = choose(cap(c.out) > 2*maxCopied, nil, c.out[:0]), p[len(piece):]
-		c.extend()
-		c.pair, c.gather = [2][]byte{head, piece}, c.pair[:]
-		written, failed := c.gather.WriteTo(c.Conn)
-		c.written, err = c.written+written, failed
-	}
-	return n, err
-}
-func (c *Conn) expect(kind int64) {
-	c.kind, c.left, c.begun, c.upload = kind, choose(kind == untilClose, endless, max(kind, 0)), false, nil
-	c.room = maxHead
-}
-func (c *Conn) whole() bool { return c.left == 0 && c.kind != chunked }
-
-// next reads the next head. Begun, it has to be whole in headWait.
-func (c *Conn) next(answer bool) (h *Head, err error) {
-	if _, err := c.in.Peek(1); err != nil {
-		return nil, choose(os.IsTimeout(err), err, errSilent)
-	}
-	if b, _ := c.in.Peek(c.in.Buffered()); string(b[max(0, len(b)-4):]) != "\r\n\r\n" { // more may come
-		c.SetDeadline(time.Now().Add(headWait))
-		c.renew.Store(endless) // no progress moves this one
-		defer c.renew.Store(0)
-	}
-	c.room = maxHead
-	err = attempt(func() { h = c.head(answer) })
-	err = choose[error](os.IsTimeout(err), Error("408 the head has not come in 30 seconds"), err)
-	return cmp.Or(h, unread), err
-}
-
-// A body is what follows a head, decoded. What breaks it off is an Error, as no failure to write is. ready
-// tells of it, or of any reader, that all it has, or of the chunk that it is in, is here.
-type body struct{ *Conn }
-
-func (b body) ready() bool   { return b.whole() || b.left > 0 && b.left <= int64(b.in.Buffered()) }
-func ready(r io.Reader) bool { w, waits := r.(interface{ ready() bool }); return !waits || w.ready() }
-func (b body) Read(p []byte) (n int, err error) {
-	if b.kind == chunked && b.left == 0 {
-		err = attempt(b.nextChunk)
-	}
-	if err == nil {
-		n, err = io.LimitReader(b.in, b.left).Read(p)
-		b.left -= int64(n)
-	}
-	ends := err == io.EOF && (b.whole() || b.kind == untilClose)
-	if _, told := err.(Error); err != nil && !told && !ends {
-		err = Error(choose(os.IsTimeout(err), "408 the body's rest has not come", "400 the body breaks off"))
-	}
-	return n, err
-}
-
-// nextChunk reads what stands between two chunks' data, and behind the last one trailers. These are
-// dropped, as nothing may depend on them (RFC 9110 §6.5.1), and so are extensions: all that is not data
-// has room for 16 bytes a chunk and 64 KiB beyond, so nobody keeps us reading for nothing.
-func (b body) nextChunk() {
-	const long = "400 chunk extensions of more than 64 KiB"
-	must(!b.begun || b.line(true, long) == "", "400 a chunk is longer than its size")
-	line := b.line(true, long)
-	size, _, _ := strings.Cut(line, ";")
-	n, err := strconv.ParseUint(strings.TrimRight(size, " \t"), 16, 60) // some servers pad it
-	must(err == nil && len(size) < 20, "400 malformed chunk size", line)
-	if b.left, b.begun, b.room = int64(n), true, b.room+16; n == 0 {
-		b.fields(true)
-		b.kind = 0
-	}
-}
-
-// Close keeps an origin's connection for another request if this one is over, and nothing more is said.
-func (b body) Close() error {
-	if !b.whole() || b.last || b.in.Buffered() > 0 || b.upload.unfinished() != nil {
-		return b.Conn.Close()
-	}
-	b.extend()
-	defer lock(&origins)()
-	origins.idle = append(origins.idle, b.Conn)
-	return nil
-}
-
-// A chunkWriter writes each piece that it is given as one chunk.
-type chunkWriter struct{ *Conn }
-
-func (w chunkWriter) Write(p []byte) (int, error) {
-	_, err := fmt.Fprintf(w.Conn, "%x\r\n%s\r\n", len(p), p)
-	return len(p), err
-}
-
-// send writes a body, each piece as it comes, to its end.
-func (c *Conn) send(from io.Reader, chunks bool) (n int64, err error) {
-	to := choose[io.Writer](chunks, chunkWriter{c}, c)
-	if n, err = io.Copy(to, from); err == nil {
-		_, err = to.Write(nil) // the last chunk, or what has been gathered
-	}
-	return n, err
-}
-
-// A transfer carries a body from one connection to another beside what else goes on, and says how it ended.
-type transfer chan error
-
-// carry sends the body that comes on another connection, and then, in a tunnel, that nothing more comes.
-// Where it breaks off the connection is closed: a part must not be taken for the whole. But where it is
-// not taken any more there may be an answer to it.
-func (c *Conn) carry(from *Conn) transfer {
-	t := make(transfer, 1)
-	go func() {
-		_, err := c.send(body{from}, from.kind == chunked)
-		if _, cut := err.(Error); cut || err != nil && from.kind == untilClose {
-			c.Conn.Close()
-		} else if from.kind == untilClose {
-			c.Conn.(*net.TCPConn).CloseWrite()
-		}
-		t <- err
-	}()
-	return t
-}
-
-// unfinished is what broke it, or that it goes on; an answer may be a moment ahead of the end.
-func (t transfer) unfinished() error {
-	if t == nil {
-		return nil
-	}
-	select {
-	case err := <-t:
-		t <- err // for who asks next
-		return err
-	case <-time.After(100 * time.Millisecond):
-		return errors.New("goes on")
-	}
-}
-
-// Origins are where requests go: it keeps idle connections to them.
-type Origins struct {
-	net.Dialer
-	sync.Mutex // guards idle
-	idle       []*Conn
-}
-
-// take returns an idle connection to an address, or nil, and closes those that are too many or too old.
-func (o *Origins) take(address string) (taken *Conn) {
-	defer lock(o)()
-	unused, behind := time.Now().Add(-stallWait).UnixNano(), len(o.idle)
-	o.idle = slices.DeleteFunc(o.idle, func(c *Conn) bool {
-		wanted := taken == nil && c.origin == address
-		behind--
-		if behind >= maxIdle || c.renew.Load() < unused || wanted && !alive(c, syscall.Read) {
-			c.Close()
-			return true
-		}
-		taken = choose(wanted, c, taken)
-		return wanted
-	})
-	return taken
-}
-
-// alive tells whether an idle connection is open and silent: to ask the socket costs 0.5 µs. Windows,
-// where read takes a Handle, cannot be asked so; a request that fails is sent again there all the same.
-func alive[FD ~int | ~uintptr](c *Conn, read func(FD, []byte) (int, error)) bool {
-	raw, err := c.Conn.(*net.TCPConn).SyscallConn()
-	try := func(fd uintptr) bool { _, err = read(FD(fd), make([]byte, 1)); return true }
-	return os.PathSeparator == '\\' || err == nil && raw.Read(try) == nil && err == syscall.EAGAIN
-}
-
-// ask sends a client's request to an address, and returns the final answer's head and the connection that
-// has its body; interim ones go to tell. Only what may be sent twice (RFC 9110 §9.2.2) goes to an idle
-// connection, and if that was just closing once more to a new one.
-func (o *Origins) ask(address string, req *Head, client *Conn, tell func(*Head)) (*Head, *Conn, error) {
-	twice := client.kind == 0 && oneOf(req.Line[0], "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE")
-	if c := o.take(choose(twice, address, "")); c != nil { // none leads to ""
-		if res, err := c.ask(req, client, tell); err != errSilent {
-			return res, c, err
+// splitList splits a value at separators that are not in a quoted string.
+func splitList(value, separators string) []string {
+	var elements []string
+	start, quoted := 0, false
+	for i := 0; i < len(value); i++ {
+		switch {
+		case value[i] == '\\' && quoted:
+			i++ // the next byte stands for itself
+		case value[i] == '"':
+			quoted = !quoted
+		case !quoted && strings.IndexByte(separators, value[i]) >= 0:
+			elements = append(elements, strings.Trim(value[start:i], " \t"))
+			start = i + 1
 		}
 	}
-	nc, err := o.Dial("tcp", address)
-	if err != nil {
-		return nil, nil, err
-	}
-	c := newConn(nc, address)
-	res, err := c.ask(req, client, tell)
-	return res, c, err
+	return append(elements, strings.Trim(value[start:], " \t"))
 }
 
-// ask does this on one connection, and closes it where it fails.
-func (c *Conn) ask(req *Head, client *Conn, tell func(*Head)) (res *Head, err error) {
-	c.out = req.text(c.out)
-	_, unsent := c.Write(nil)
-	if client.kind != 0 && unsent == nil { // the answer may come before its end (RFC 9112 §9.5)
-		client.upload = c.carry(client)
-	}
-	for n := 0; err == nil && (res == nil || res.Status < 200); n++ {
-		if res, err = c.next(true); err == nil {
-			err = attempt(func() { c.expect(res.framing(req.Line[0] == "HEAD")) })
-			err = choose[error](n > maxFields, Error("502 more than 256 interim answers"), err)
-			c.last, c.upload = unsent != nil || !res.keepAlive(), client.upload
-		}
-		if err == nil && res.Status < 200 {
-			tell(res)
+// Without returns a copy of the header that lacks the named fields.
+func (h Header) Without(names ...string) Header {
+	kept := make(Header, 0, len(h)+2)
+	for _, f := range h {
+		if !containsFold(names, f.Name) {
+			kept = append(kept, f)
 		}
 	}
-	if err != nil {
-		c.Close()
-	}
-	return res, err
+	return kept
 }
 
-func choose[T any](first bool, a, b T) T {
-	if first {
-		return a
+// appendTo appends the fields to b, as they stand in a head.
+func (h Header) appendTo(b []byte) []byte {
+	for _, f := range h {
+		b = append(b, f.Name...)
+		b = append(b, ": "...)
+		b = append(b, f.Value...)
+		b = append(b, "\r\n"...)
 	}
 	return b
 }
-func same(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b) } // a Kelvin sign is no k
-func oneOf(s string, of ...string) bool {
-	return slices.ContainsFunc(of, func(t string) bool { return same(s, t) })
+
+// The fields that concern one connection only (RFC 9110 §7.6.1), and those
+// that tell where a body ends, which each connection says anew.
+var hopByHop = []string{"Connection", "Content-Length", "Keep-Alive", "Proxy-Authenticate",
+	"Proxy-Authentication-Info", "Proxy-Authorization", "Proxy-Connection", "TE", "Trailer",
+	"Transfer-Encoding", "Upgrade"}
+
+// The fields that Connection cannot make hop-by-hop. Routing and caching need
+// them, and who names them there is up to something.
+var alwaysEndToEnd = []string{"Host", "Via", "Max-Forwards", "Cache-Control", "Vary"}
+
+// endToEnd returns the fields that are to be passed on, without some more. It
+// returns the header itself if there is nothing to leave out.
+func (h Header) endToEnd(without ...string) Header {
+	for _, name := range h.Values("Connection") {
+		if !containsFold(alwaysEndToEnd, name) {
+			without = append(without, name)
+		}
+	}
+	leftOut := func(f Field) bool {
+		return containsFold(hopByHop, f.Name) || containsFold(without, f.Name)
+	}
+	if !slices.ContainsFunc(h, leftOut) {
+		return h
+	}
+	return slices.DeleteFunc(slices.Clone(h), leftOut)
 }
-func lock(l sync.Locker) (unlock func()) { l.Lock(); return l.Unlock } // defer lock(l)() holds it to the end
-func separates(c rune) bool              { return c <= ' ' || c == ',' }
-func isToken(s string) bool { // as methods and names of fields are (RFC 9110 §5.6.2)
-	return s != "" && !slices.ContainsFunc([]byte(s), func(b byte) bool {
-		return b <= ' ' || b > '~' || strings.IndexByte(`"(),/:;<=>?@[\]{}`, b) >= 0
-	})
+
+func (e *statusError) Error() string { return e.text }
+
+func errorf(code int, format string, args ...any) error {
+	return &statusError{code, fmt.Sprintf(format, args...)}
 }
-func digits(s string) (int64, bool) { // one too large is the largest
-	n, err := strconv.ParseUint(s, 10, 63)
-	return int64(n), err == nil || n > 0
+
+func badRequest(format string, args ...any) error { return errorf(400, format, args...) }
+
+func isStatusError(err error) bool {
+	var told *statusError
+	return errors.As(err, &told)
+}
+
+// equalFold compares names whatever their case. Unlike strings.EqualFold it
+// does not take a Kelvin sign for a k.
+func equalFold(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b) }
+
+// containsFold reports whether a list has an element, whatever its case.
+func containsFold(list []string, s string) bool {
+	return slices.ContainsFunc(list, func(element string) bool { return equalFold(element, s) })
+}
+
+func hasControl(s string) bool {
+	for _, b := range []byte(s) {
+		if b < ' ' && b != '\t' || b == 0x7f {
+			return true
+		}
+	}
+	return false
+}
+
+// isToken reports whether s may be a method, or the name of a field (RFC 9110
+// §5.6.2).
+func isToken(s string) bool {
+	for _, b := range []byte(s) {
+		if b <= ' ' || b > '~' || strings.IndexByte(`"(),/:;<=>?@[\]{}`, b) >= 0 {
+			return false
+		}
+	}
+	return s != ""
 }
