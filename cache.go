@@ -43,12 +43,12 @@ type Cache struct {
 	version  atomic.Int64            // counts what is stored and removed
 	warned   atomic.Int64            // when the operator was told last what is wrong, in Unix seconds
 
-	mu        sync.Mutex // guards the rest, and the files under their final names
-	downloads map[key]*download
-	unshared  map[key]time.Time   // until when nobody waits for what others fetch
-	seen      map[key][]time.Time // the latest misses, where they are counted
-	files     int64               // in the directory, and
-	size      int64               // their bytes
+	sync.Mutex // guards the rest, and the files under their final names
+	downloads  map[key]*download
+	unshared   tally // what could not be stored: nobody waits for another who fetches it
+	misses     tally // where they are counted
+	files      int64 // in the directory, and
+	size       int64 // their bytes
 }
 
 // A CacheConfig is what the rest of the program decides about a cache.
@@ -98,28 +98,21 @@ func (c *Cache) roundTrip(req *Request, ask func(*Request) (*Response, error)) (
 //     others wait for that, and look again.
 func (t *transaction) answer() (*Response, error) {
 	h := t.req.Header
-	if t.req.Method != "GET" && t.req.Method != "HEAD" {
+	switch {
+	case t.req.Method != "GET" && t.req.Method != "HEAD":
 		return t.forward(nil, "method")
-	}
-	if t.req.Body.length != 0 || h.Has("If-Match") || h.Has("If-Unmodified-Since") ||
-		len(h.Values("Range")) > 1 {
+	case t.req.Body.framing != 0, h.Has("If-Match"), h.Has("If-Unmodified-Since"),
+		len(h.Values("Range")) > 1:
 		return t.forward(nil, "bypass")
 	}
-
 	for {
-		why := t.lookup()
-		if t.stored != nil {
-			var fresh bool
-			if fresh, why = t.stored.satisfies(h, t.asked); fresh {
-				return t.serveStored(), nil
-			}
+		fresh, why := t.lookup()
+		if fresh {
+			return t.serveStored(), nil
 		}
-		alone := t.req.Method == "HEAD" ||
-			t.stored != nil && t.stored.from == fromDownload // which can't be validated yet
-		if alone || !t.due() {
+		if isGrowing(t.stored) || t.req.Method == "HEAD" || !t.due() {
 			return t.forward(nil, why)
 		}
-
 		d, mine := t.claim()
 		if mine {
 			defer t.release(d)
@@ -138,20 +131,19 @@ func (t *transaction) serveStored() *Response {
 	e := t.stored
 	t.stored = nil
 	t.status.TTL = e.lifetime - t.asked.Sub(e.born)
-	switch e.from {
-	case fromFile:
-		t.status.Outcome = fileHit
-	case fromMemory:
-		t.status.Outcome = memoryHit
-	case fromDownload:
-		t.status.Outcome, t.status.Collapsed, t.status.Forward = fileHit, true, "uri-miss"
+	t.status.Outcome = e.hit
+	if isGrowing(e) {
+		t.status.Collapsed = true
+		t.status.Forward = "uri-miss"
 	}
 	age := min(max(0, t.now().Sub(e.born)/time.Second), maxSeconds)
-	res := tailor(t.req, e.with(Field{"Age", strconv.Itoa(int(age))}), e.content)
+	res := e.Response
+	res.Header = append(slices.Clip(e.Header), Field{"Age", strconv.Itoa(int(age))})
+	tailor(&res, t.req, e.content)
 	if res.Status == 304 {
 		t.status.Outcome = notModifiedHit
 	}
-	return res
+	return &res
 }
 
 // forward asks the origin: for all of it, or whether a stale entry is still
@@ -170,22 +162,16 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 	if err == nil {
 		t.status.ForwardStatus = res.Status
 	}
-
-	if t.stored != nil && !isStatusError(err) && t.stored.mayStandIn(t.req.Header, res, t.now()) {
-		if res != nil {
+	switch {
+	case t.stored != nil && t.stored.mayStandIn(t.req.Header, res, err, t.now()):
+		if err == nil {
 			res.Body.Close()
 		}
-		stale := t.serveStored()
+		res = t.serveStored()
 		t.status.Outcome = refreshFailed
-		return stale, nil
-	}
-	if err != nil {
+		return res, nil
+	case err != nil:
 		return nil, err
-	}
-	if !isSafe(req.Method) && res.Status < 400 {
-		t.invalidateBy(res)
-	}
-	switch {
 	case validates && res.Status == 304:
 		return t.renew(d, res)
 	case validates:
@@ -193,15 +179,16 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 	case why == "request":
 		t.status.Outcome = clientRefresh
 	}
-	e := t.store(d, res)
-	if e == nil {
-		return res, nil
+	if !isSafe(req.Method) && res.Status < 400 {
+		t.invalidateBy(res)
 	}
-	if !validates && req.Header.Has("If-Modified-Since") {
-		res.Body = e.content.section(0, res.Length) // the origin has looked at the condition
-		return res, nil
+	if body := t.store(d, res); body != nil {
+		if !validates { // the origin has looked at the condition
+			req.Header = req.Without("If-Modified-Since")
+		}
+		tailor(res, &req, body)
 	}
-	return tailor(t.req, res, e.content), nil
+	return res, nil
 }
 
 // renew answers with what is stored, as the origin has just said that it is
@@ -210,20 +197,19 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 func (t *transaction) renew(d *download, validation *Response) (*Response, error) {
 	validation.Body.Close()
 	old := t.stored
-	if !sameTag(old.Header.Get("ETag"), validation.Header.Get("ETag")) {
+	if !sameTag(old.Get("ETag"), validation.Get("ETag")) {
 		t.drop() // the origin means another representation: ask for all of that
 		return t.forward(d, t.status.Forward)
 	}
 	t.status.Outcome = refreshUnmodified
-	res := old.with()
+	res := old.Response
 	res.Header = updated(old.Header, validation.Header)
 	res.Origin = validation.Origin
-	res.Ready = old.from == fromMemory
+	res.Ready = old.hit == memoryHit
 	res.Body = old.content.section(0, old.Length)
-
-	body := old.content
-	if e := t.store(d, res); e != nil {
-		body = e.content
+	body := t.store(d, &res)
+	if body == nil {
+		body = old.content
 	}
 	t.stored = nil
 	for _, f := range validation.Header {
@@ -231,7 +217,8 @@ func (t *transaction) renew(d *download, validation *Response) (*Response, error
 			res.Header = append(res.Header, f) // for this client alone
 		}
 	}
-	return tailor(t.req, res, body), nil
+	tailor(&res, t.req, body)
+	return &res, nil
 }
 
 // drop lets go of an entry that is of no use.
@@ -253,29 +240,13 @@ type Entry struct {
 	strict   bool      // it must not be used stale
 	weight   int64     // bytes of the file
 	used     time.Time // when the file was last used, or read into memory
-	from     source
+	hit      outcome   // what it is to answer with this
 	content  content
 }
 
-// with returns the response with more fields.
-func (e *Entry) with(more ...Field) *Response {
-	res := e.Response
-	res.Header = slices.Concat(e.Header, more)
-	return &res
-}
-
-// A source is where a hit comes from.
-type source int
-
-const (
-	fromFile source = iota
-	fromMemory
-	fromDownload
-)
-
-// A content is where the body of an entry is. It is used once: either a
-// section of it is read and that is closed, or it is closed itself. With n -1
-// a section goes to the end.
+// A content is where the body of an entry is. It is used once: either n bytes
+// of it are read, from off on, and that is closed, or it is closed itself. With
+// n -1 they go to the end.
 type content interface {
 	section(off, n int64) io.ReadCloser
 	io.Closer
@@ -290,87 +261,93 @@ func (m memoryContent) section(off, n int64) io.ReadCloser {
 	return io.NopCloser(bytes.NewReader(m[off : off+n]))
 }
 
-// fileContent is the rest of a file, from start on.
+// isGrowing reports whether an entry, which may be nil, is still on its way.
+func isGrowing(e *Entry) bool {
+	if e == nil {
+		return false
+	}
+	_, growing := e.content.(*follower)
+	return growing
+}
+
+// fileContent is what stands in a file from start on.
 type fileContent struct {
+	*io.SectionReader
 	file  *os.File
 	start int64
 }
 
-func (c fileContent) Close() error { return c.file.Close() }
+func (f fileContent) Close() error { return f.file.Close() }
 
-func (c fileContent) section(off, n int64) io.ReadCloser {
-	return &fileSection{io.NewSectionReader(c.file, c.start+off, n), c}
+func (f fileContent) section(off, n int64) io.ReadCloser {
+	return fileContent{io.NewSectionReader(f.file, f.start+off, n), f.file, f.start + off}
 }
 
-type fileSection struct {
-	*io.SectionReader
-	of fileContent
-}
-
-func (s *fileSection) Close() error { return s.of.Close() }
-
-// lookup finds what the request selects (RFC 9111 §4.1), and tells why the
-// origin has to be asked if that is nothing. The URL's own file has one of
-// the variants, and its Vary says how they are told apart. The name of any
-// other has a hash of that and of the generation, a random text which is new
-// in each first file of a URL: so invalidation hides the variants, too.
-func (t *transaction) lookup() reason {
+// lookup finds what the request selects (RFC 9111 §4.1), and reports whether
+// that is fresh, or else why the origin has to be asked. The URL's own file
+// has one of the variants, and its Vary says how they are told apart. The name
+// of any other has a hash of that and of the generation, a random text which
+// is new in each first file of a URL: so invalidation hides the variants, too.
+func (t *transaction) lookup() (fresh bool, why reason) {
 	t.key = key{url: strings.TrimPrefix(t.req.URL.String(), "http://")}
-	t.stored, t.version = t.find(t.key)
-	if t.stored == nil || t.stored.selectedBy(t.req.Header) {
-		return "uri-miss"
-	}
-	selecting := selectingFields(t.stored.Header, t.req.Header)
-	hash := sha256.Sum256(fmt.Appendf(nil, "%q%q", t.stored.request.Get("Generation"), selecting))
-	t.key.variant = fmt.Sprintf("~%.8x", hash)
-	t.drop()
-	t.stored, _ = t.find(t.key)
+	t.version = t.Cache.version.Load()
+	t.stored = t.find(t.key)
+	why = "uri-miss"
 	if t.stored != nil && !t.stored.selectedBy(t.req.Header) {
+		why = "vary-miss"
+		selecting := selectingFields(t.stored.Header, t.req.Header)
+		hash := sha256.Sum256(fmt.Appendf(nil, "%q%q", t.stored.request.Get("Generation"), selecting))
+		t.key.variant = fmt.Sprintf("~%.8x", hash)
 		t.drop()
+		t.stored = t.find(t.key)
+		if t.stored != nil && !t.stored.selectedBy(t.req.Header) {
+			t.drop()
+		}
 	}
-	return "vary-miss"
+	if t.stored == nil {
+		return false, why
+	}
+	return t.stored.satisfies(t.req.Header, t.asked)
 }
 
-// find returns what there is under a key: in memory, on its way, or in a
-// file; and the version before it looked. Memory may answer for memoryTrust,
-// so what another process stores or removes is soon noticed.
-func (c *Cache) find(k key) (*Entry, int64) {
-	version := c.version.Load()
-	if kept, found := c.memory.Load(k); found && c.now().Sub(kept.(*Entry).used).Abs() <= memoryTrust {
-		return kept.(*Entry), version
+// find returns what there is under a key: in memory, on its way, or in a file.
+// Memory may answer for memoryTrust, so what another process stores or removes
+// is soon noticed.
+func (t *transaction) find(k key) *Entry {
+	if kept, found := t.memory.Load(k); found && t.now().Sub(kept.(*Entry).used).Abs() <= memoryTrust {
+		return kept.(*Entry)
 	}
 	var e *Entry
-	c.mu.Lock()
-	if d := c.downloads[k]; d != nil && d.entry != nil {
+	t.Lock()
+	if d := t.downloads[k]; d != nil && d.entry != nil {
 		e = d.join()
 	}
-	c.mu.Unlock()
+	t.Unlock()
 	if e == nil {
-		e = c.open(k, version)
+		e = t.open(k)
 	}
-	return e, version
+	return e
 }
 
 // open returns the entry in the file for a key. A damaged file is a miss, and
 // so is that of another URL, or one that would not be stored any more. A small
 // body is read into memory, as a file costs a hit 20 µs.
-func (c *Cache) open(k key, version int64) *Entry {
-	name := fileName(k)
-	e := readEntry(c.root.Load(), name)
+func (t *transaction) open(k key) *Entry {
+	root, name, now := t.root.Load(), fileName(k), t.now()
+	e := readEntry(root, name)
 	if e == nil {
 		return nil
 	}
-	if e.url != k.url || e.Status == 206 || e.Header.Has("Set-Cookie") {
+	if e.url != k.url || e.Status == 206 || e.Has("Set-Cookie") {
 		e.content.Close()
 		return nil
 	}
-	now := c.now()
 	if now.Sub(e.used) > time.Minute {
-		c.root.Load().Chtimes(name, now, now) // trim goes by that
+		root.Chtimes(name, now, now) // trim goes by that
 	}
 	e.used = now
-	e.assess(c.ttl, now)
-	if e.Length > maxInMemory || c.inMemory.Load() > 2*maxMemory {
+	e.assess(t.ttl, now)
+	if e.Length > maxInMemory || t.inMemory.Load() > 2*maxMemory {
 		return e
 	}
 
@@ -381,38 +358,34 @@ func (c *Cache) open(k key, version int64) *Entry {
 		return nil
 	}
 	e.content = body
-	hit := *e // from a file, this once
-	e.from = fromMemory
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if version == c.version.Load() {
-		c.remember(k, e)
-	}
-	return &hit
-}
-
-// remember keeps a small entry in memory.
-func (c *Cache) remember(k key, e *Entry) {
+	kept := *e
+	kept.hit = memoryHit
 	weight := e.weight + 1<<10
-	runtime.AddCleanup(e, func(weight int64) { c.inMemory.Add(-weight) }, weight)
-	if c.inMemory.Add(weight) > maxMemory {
-		c.memory.Clear() // to read them again is cheap
+	runtime.AddCleanup(&kept, func(weight int64) { t.inMemory.Add(-weight) }, weight)
+	full := t.inMemory.Add(weight) > maxMemory
+	t.Lock()
+	defer t.Unlock()
+	if full {
+		t.memory.Clear() // to read them again is cheap
 	}
-	c.memory.Store(k, e)
+	if t.version == t.Cache.version.Load() {
+		t.memory.Store(k, &kept)
+	}
+	return e
 }
 
 // claim makes the caller the one who fetches, unless another does already: it
 // then returns that one's download. It returns none if something has been
 // stored or removed since the look-up, which had better be repeated.
 func (t *transaction) claim() (d *download, mine bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.Lock()
+	defer t.Unlock()
 	d = t.downloads[t.key]
 	if d != nil || t.version != t.Cache.version.Load() {
 		return d, false
 	}
 	d = &download{Cache: t.Cache, key: t.key, began: time.Now(), known: make(chan struct{})}
-	d.grew.L = &d.mu
+	d.grew.L = d
 	t.downloads[t.key] = d
 	return d, true
 }
@@ -421,11 +394,11 @@ func (t *transaction) claim() (d *download, mine bool) {
 // whether to look for that. Nobody waits for what may not be meant for all, and
 // nobody for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
-	t.mu.Lock()
-	unshared := t.unshared[t.key].After(t.now())
-	t.mu.Unlock()
-	part := t.stored == nil && t.req.Header.Has("Range") // which the origin may send at once
-	if unshared || part || t.req.Header.Has("Authorization") || wantsReload(t.req.Header) {
+	t.Lock()
+	unshared := t.unshared.count(t.key, 0, unsharedWait, t.now()) > 0
+	t.Unlock()
+	part := t.stored == nil && t.req.Has("Range") // which the origin may send at once
+	if unshared || part || t.req.Has("Authorization") || wantsReload(t.req.Header) {
 		return false
 	}
 	select {
@@ -436,31 +409,30 @@ func (t *transaction) wait(d *download) bool {
 	}
 }
 
-// release ends a download that has not begun. After a plain GET it remembers
-// that there was nothing to share, or all who want the same would be served
-// one after another.
+// release ends a claim from which no download has come. After a plain GET it
+// is remembered that there was nothing to share, or all who want the same
+// would be served one after another.
 func (t *transaction) release(d *download) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.Lock()
+	defer t.Unlock()
 	if d.entry != nil {
 		return
 	}
 	t.forget(d)
 	close(d.known)
-	if !t.req.Header.Has("Range") {
-		makeRoom(t.unshared)
-		t.unshared[d.key] = t.now().Add(unsharedWait)
+	if !t.req.Has("Range") {
+		t.unshared.count(d.key, 1, unsharedWait, t.now())
 	}
 }
 
 // forget takes a download off the map, and reports whether it was there. The
 // caller holds the lock.
 func (c *Cache) forget(d *download) bool {
-	if c.downloads[d.key] != d {
-		return false
+	found := c.downloads[d.key] == d
+	if found {
+		delete(c.downloads, d.key)
 	}
-	delete(c.downloads, d.key)
-	return true
+	return found
 }
 
 // due counts a request that has to be fetched, and reports whether its answer
@@ -469,27 +441,31 @@ func (t *transaction) due() bool {
 	if t.uses <= 1 || t.stored != nil {
 		return true
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	makeRoom(t.seen)
-	times := append(t.seen[t.key], t.now())
-	times = times[max(0, len(times)-t.uses):]
-	t.seen[t.key] = times
-	return len(times) == t.uses && t.now().Sub(times[0]) <= usesWindow
+	t.Lock()
+	defer t.Unlock()
+	return t.misses.count(t.key, 1, usesWindow, t.now()) >= t.uses
 }
 
-// makeRoom empties a map that has grown large: to begin anew is cheaper than
-// to find out what is old.
-func makeRoom[V any](m map[key]V) {
-	if len(m) >= maxKeys {
-		clear(m)
+// A tally counts by key. From time to time it begins anew, which is cheaper
+// than to find out what is old.
+type tally struct {
+	began  time.Time
+	counts map[key]int
+}
+
+// count adds n for a key, and returns the sum since the current window began.
+func (t *tally) count(k key, n int, window time.Duration, now time.Time) int {
+	if now.Sub(t.began) > window || len(t.counts) >= maxKeys {
+		*t = tally{now, map[key]int{}}
 	}
+	t.counts[k] += n
+	return t.counts[k]
 }
 
-// store puts a response into the store if it may and is worth it, and returns
-// the entry: its content is from now on where the body is. Else it returns
-// nil, and the body is still that of the response.
-func (t *transaction) store(d *download, res *Response) *Entry {
+// store begins to put a response into the store, if it may and is worth it,
+// and returns where the body is from now on. Else it returns nil, and the body
+// is still that of the response.
+func (t *transaction) store(d *download, res *Response) content {
 	may, why := storable(t.req, res, t.CacheConfig)
 	if !may {
 		t.status.Detail = why
@@ -513,12 +489,12 @@ func (t *transaction) store(d *download, res *Response) *Entry {
 	}
 	t.status.Stored = true
 
-	t.mu.Lock()
+	t.Lock()
 	d.entry, d.file, d.body = e, file, res.Body
 	t.memory.Delete(d.key)
-	t.mu.Unlock()
-	joined := d.join()
-	joined.content.(*follower).first = true
+	t.Unlock()
+	body := d.join().content
+	body.(*follower).first = true
 	d.firstReads = true
 	close(d.known)
 	if res.Ready {
@@ -526,35 +502,34 @@ func (t *transaction) store(d *download, res *Response) *Entry {
 	} else {
 		go t.guard(d.run)
 	}
-	return joined
+	return body
 }
 
 // commit puts a finished file in its place, unless what is stored under the
 // key has been invalidated since the download began.
-func (d *download) commit() {
-	c := d.Cache
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.forget(d) || d.file.rename(fileName(d.key)) != nil {
-		d.file.remove()
-		return
+func (d *download) commit() error {
+	d.Cache.Lock()
+	defer d.Cache.Unlock()
+	if !d.forget(d) {
+		return errDropped
 	}
-	c.version.Add(1)
-	delete(c.unshared, d.key)
-	c.size += d.file.written - d.replaces
+	d.version.Add(1)
+	delete(d.unshared.counts, d.key)
+	d.Cache.size += d.file.written - d.replaces
 	if d.replaces == 0 {
-		c.files++
+		d.files++
 	}
-	if c.size > c.limit {
-		c.files, c.size = 0, 0 // trim adds what it finds
-		go c.guard(func() { c.trim(false) })
+	if d.Cache.size > d.limit {
+		d.files, d.Cache.size = 0, 0 // trim adds what it finds
+		go d.guard(func() { d.trim(false) })
 	}
+	return d.file.root.Rename(d.file.name, fileName(d.key))
 }
 
 // invalidate removes what is stored under a key, or on its way there.
 func (c *Cache) invalidate(k key) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.Lock()
+	defer c.Unlock()
 	delete(c.downloads, k)
 	c.memory.Delete(k)
 	c.version.Add(1)
@@ -564,11 +539,11 @@ func (c *Cache) invalidate(k key) {
 // invalidateBy removes what a request has made invalid that may have changed
 // things on the origin (RFC 9111 §4.4).
 func (t *transaction) invalidateBy(res *Response) {
-	here := "http://" + t.req.URL.Host()
+	here := t.req.URL.Host()
 	for _, reference := range []string{t.req.URL.Path,
-		res.Header.Get("Location"), res.Header.Get("Content-Location")} {
-		if path := strings.TrimPrefix(reference, here); strings.HasPrefix(path, "/") {
-			t.invalidate(key{url: t.req.URL.Host() + path})
+		res.Get("Location"), res.Get("Content-Location")} {
+		if path := strings.TrimPrefix(reference, "http://"+here); strings.HasPrefix(path, "/") {
+			t.invalidate(key{url: here + path})
 		}
 	}
 }
@@ -601,10 +576,10 @@ type download struct {
 	body  io.ReadCloser // from the origin, or of the entry that is renewed
 	file  *cacheFile    // all readers share it, as its name may be gone
 
-	mu         sync.Mutex // guards the rest; taken last
-	grew       sync.Cond  // there is more, or no more comes
-	size       int64      // bytes of the body that may be read
-	err        error      // io.EOF when all has come, or what broke it off
+	sync.Mutex           // guards the rest; taken after the cache's
+	grew       sync.Cond // there is more, or no more comes
+	size       int64     // bytes of the body that may be read
+	err        error     // io.EOF when all has come, or what broke it off
 	readers    int
 	firstReads bool // who caused it is one of them
 }
@@ -613,7 +588,7 @@ type download struct {
 func (d *download) run() {
 	err := errors.New("a bug ended the download") // unless another takes its place
 	defer func() { d.finish(err) }()
-	if renewed, ok := d.body.(*fileSection); ok {
+	if renewed, ok := d.body.(fileContent); ok {
 		err = d.copyFile(renewed)
 	} else {
 		_, err = io.Copy(d, io.TeeReader(d.body, d.file))
@@ -625,12 +600,12 @@ func (d *download) run() {
 
 // copyFile copies the body from file to file, which Linux does inside the
 // kernel, in steps that can be read meanwhile.
-func (d *download) copyFile(old *fileSection) error {
+func (d *download) copyFile(old fileContent) error {
 	_, err := d.file.Write(nil) // the head
-	old.of.file.Seek(old.of.start, io.SeekStart)
+	old.file.Seek(old.start, io.SeekStart)
 	for err == nil && d.file.written-d.file.start < d.entry.Length {
 		var n int64
-		n, err = io.CopyN(d.file.File, old.of.file, min(copyStep, d.entry.Length-d.size))
+		n, err = io.CopyN(d.file.File, old.file, min(copyStep, d.entry.Length-d.size))
 		d.file.written += n
 		d.announce(n)
 	}
@@ -648,8 +623,8 @@ func (d *download) Write(p []byte) (int, error) {
 // announce lets readers have n more bytes, but not the last ones of a known
 // length: the entry has to be in its place when a client has all of it.
 func (d *download) announce(n int64) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.Lock()
+	defer d.Unlock()
 	if d.size+n != d.entry.Length {
 		d.size += n
 		d.grew.Broadcast()
@@ -664,19 +639,20 @@ func (d *download) finish(err error) {
 		_, unstored = d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-24)
 	}
 	if unstored == nil {
-		d.commit()
-	} else {
-		d.Cache.mu.Lock()
+		unstored = d.commit()
+	}
+	if unstored != nil {
+		d.Cache.Lock()
 		d.forget(d)
-		d.Cache.mu.Unlock()
-		d.file.remove()
+		d.Cache.Unlock()
+		d.file.root.Remove(d.file.name)
 	}
 	if d.file.full {
 		d.trouble(err)
 	}
 
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.Lock()
+	defer d.Unlock()
 	if err == nil {
 		d.size = d.file.written - d.file.start
 	}
@@ -692,15 +668,14 @@ func (d *download) finish(err error) {
 
 // join adds a reader, and returns the entry for it, or nil if it is too late.
 func (d *download) join() *Entry {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.Lock()
+	defer d.Unlock()
 	if d.err != nil {
 		return nil
 	}
 	d.readers++
 	e := *d.entry
 	e.content = &follower{download: d}
-	e.from = fromDownload
 	return &e
 }
 
@@ -729,30 +704,29 @@ func (f *follower) Read(p []byte) (int, error) {
 		return 0, io.EOF
 	}
 	available, err := f.await()
+	n := 0
 	switch {
 	case available > 0:
-		p = p[:min(int64(len(p)), available)]
-		n, err := f.file.ReadAt(p, f.file.start+f.off)
-		f.off += int64(n)
+		n, err = f.file.ReadAt(p[:min(int64(len(p)), available)], f.file.start+f.off)
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF // somebody has cut the file
 		}
-		return n, err
 	case f.file.full && f.first:
-		return f.readOn(p)
+		n, err = f.readOn(p)
 	}
-	return 0, err
+	f.off += int64(n)
+	return n, err
 }
 
 // await waits for bytes, and returns how many there are, or why there are no
 // more. The client must not wait for what is here already.
 func (f *follower) await() (int64, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.Lock()
+	defer f.Unlock()
 	if f.size <= f.off && f.err == nil && f.to != nil {
-		f.mu.Unlock()
+		f.Unlock()
 		f.to.Flush()
-		f.mu.Lock()
+		f.Lock()
 	}
 	for f.size <= f.off && f.err == nil {
 		f.grew.Wait()
@@ -770,30 +744,24 @@ func (f *follower) readOn(p []byte) (int, error) {
 		f.rest = io.MultiReader(bytes.NewReader(f.file.refused), f.body)
 		io.CopyN(io.Discard, f.rest, f.off-f.size) // a range may begin further on
 	}
-	n, err := f.rest.Read(p)
-	f.off += int64(n)
-	return n, err
+	return f.rest.Read(p)
 }
+
+var errDropped = errors.New("nobody wants it any more")
 
 // Close ends the reading. What nobody reads any more is finished if little of
 // it is left, and else dropped.
 func (f *follower) Close() error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.Lock()
+	defer f.Unlock()
 	f.readers--
-	over := f.err != nil
-	if over && f.readers == 0 {
-		f.file.Close()
-	}
-	dropped := !over && f.readers == 0 && (f.entry.Length < 0 || f.entry.Length-f.size > maxUnread)
-	if dropped {
-		f.err = errors.New("nobody reads it any more") // and nobody joins it
-	}
-	if f.first {
-		f.firstReads = false
-	}
-	if dropped || over && f.first && f.file.full {
+	f.firstReads = f.firstReads && !f.first
+	switch left := f.entry.Length - f.size; {
+	case f.err != nil && f.first && f.file.full, f.err == nil && f.readers == 0 && (left < 0 || left > maxUnread):
 		f.body.Close()
+	}
+	if f.err != nil && f.readers == 0 {
+		f.file.Close()
 	}
 	return nil
 }
@@ -851,7 +819,7 @@ func (s CacheStatus) String() string {
 	}
 	text := "proxy; fwd=" + string(s.Forward)
 	if s.ForwardStatus != 0 {
-		text += fmt.Sprintf("; fwd-status=%d", s.ForwardStatus)
+		text += "; fwd-status=" + strconv.Itoa(s.ForwardStatus)
 	}
 	if s.Stored {
 		text += "; stored"
@@ -865,43 +833,34 @@ func (s CacheStatus) String() string {
 	return text
 }
 
-// cacheControl returns the directives of Cache-Control as a header, with
-// names in lower case and without quotes around arguments (RFC 9111 §5.2).
-// Some origins write a semicolon between them.
-func cacheControl(h Header) Header {
-	var directives Header
+// cacheControl returns the directives of Cache-Control as a header, with names
+// in lower case and without quotes around arguments (RFC 9111 §5.2). Some
+// origins write a semicolon between them.
+func cacheControl(h Header) (directives Header) {
 	for _, f := range h {
-		if !equalFold(f.Name, "Cache-Control") {
-			continue
-		}
-		for _, directive := range splitList(f.Value, ",;") {
-			name, argument, _ := strings.Cut(directive, "=")
-			directives = append(directives, Field{strings.ToLower(name), strings.Trim(argument, `"`)})
+		if equalFold(f.Name, "Cache-Control") {
+			for _, directive := range splitList(f.Value, ",;") {
+				name, argument, _ := strings.Cut(directive, "=")
+				directives = append(directives, Field{strings.ToLower(name), strings.Trim(argument, `"`)})
+			}
 		}
 	}
 	return directives
 }
 
-// isBare reports whether a directive is there without an argument.
-func isBare(directives Header, name string) bool {
-	return slices.Contains(directives, Field{name, ""})
-}
-
-// seconds returns the argument of a directive as a time, 0 if it is malformed
-// (RFC 9111 §4.2.1).
-func seconds(directives Header, name string) time.Duration {
-	n, _ := strconv.ParseUint(directives.Get(name), 10, 63) // too large a number is the largest
+// seconds reads a number of seconds, 0 if it is malformed (RFC 9111 §4.2.1).
+func seconds(s string) time.Duration {
+	n, _ := strconv.ParseUint(s, 10, 63) // too large a number is the largest
 	return time.Duration(min(n, maxSeconds)) * time.Second
 }
 
 // wantsReload reports whether a request wants nothing that has been stored
 // before (RFC 9111 §5.2.1.4, §5.4).
 func wantsReload(h Header) bool {
-	directives := cacheControl(h)
-	if len(directives) == 0 {
-		return containsFold(h.Values("Pragma"), "no-cache")
+	if h.Has("Cache-Control") {
+		return cacheControl(h).Has("no-cache")
 	}
-	return isBare(directives, "no-cache")
+	return containsFold(h.Values("Pragma"), "no-cache")
 }
 
 // storable reports whether a shared cache may store the response to a request
@@ -913,36 +872,35 @@ func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
 	understood := isHeuristic(res.Status)
 	explicit := has("max-age") || has("s-maxage") || h.Has("Expires")
 	forAll := has("public") || has("must-revalidate") || has("s-maxage")
-	personal := authenticatesConnection(req.Header, "Authorization") ||
-		authenticatesConnection(h, "WWW-Authenticate")
-	reserved := func(name string) bool { return containsFold([]string{"*", "Date", "Generation"}, name) }
-	switch {
-	case req.Method != "GET":
-		return false, ""
-	case cacheControl(req.Header).Has("no-store"):
-		return false, "request-no-store"
-	case has("no-store") && !(has("must-understand") && understood):
-		return false, "no-store"
-	case isBare(directives, "private"):
-		return false, "private"
-	case h.Has("Set-Cookie"):
-		return false, "set-cookie"
-	case slices.ContainsFunc(h.Values("Vary"), reserved):
-		return false, "vary"
-	case personal, req.Header.Has("Authorization") && !forAll:
-		return false, "authorization"
-	case !config.shareInner && isInner(res.Origin):
-		return false, "inner-address"
-	case slices.Contains([]int{206, 304, 416}, res.Status), has("must-understand") && !understood:
-		return false, "status"
-	case !explicit && !understood && !has("public"),
-		lifetime(res, config.ttl) <= 0 && !hasValidator(h):
-		return false, "no-freshness"
-	case res.Length > config.limit, len(h) > maxFields-8:
-		return false, "too-large"
+	for _, rule := range []struct {
+		why     reason
+		forbids bool
+	}{
+		{"method", req.Method != "GET"},
+		{"request-no-store", cacheControl(req.Header).Has("no-store")},
+		{"no-store", has("no-store") && !(has("must-understand") && understood)},
+		{"private", has("private")},
+		{"set-cookie", h.Has("Set-Cookie")},
+		{"vary", slices.ContainsFunc(h.Values("Vary"), isReserved.MatchString)},
+		{"authorization", req.Has("Authorization") && !forAll},
+		{"authorization", authenticatesConnection(req.Header, "Authorization")},
+		{"authorization", authenticatesConnection(h, "WWW-Authenticate")},
+		{"inner-address", isInner(res.Origin) && !config.shareInner},
+		{"status", slices.Contains([]int{206, 304, 416}, res.Status)},
+		{"status", has("must-understand") && !understood},
+		{"no-freshness", !explicit && !understood && !has("public")},
+		{"no-freshness", lifetime(res, config.ttl) <= 0 && !hasValidator(h)},
+		{"too-large", res.Length > config.limit || len(h) > maxFields-8},
+	} {
+		if rule.forbids {
+			return false, rule.why
+		}
 	}
 	return true, ""
 }
+
+// What Vary can't select by: anything at all, and what has another meaning in a file.
+var isReserved = regexp.MustCompile(`(?i)^(\*|Date|Generation)$`)
 
 // isHeuristic reports whether responses with a status may be stored that do
 // not tell how long they are fresh (RFC 9110 §15.1).
@@ -959,21 +917,20 @@ func isSafe(method string) bool {
 // most (§4.2.2), and at least ttl.
 func lifetime(res *Response, ttl time.Duration) time.Duration {
 	directives := cacheControl(res.Header)
-	date := httpDate(res.Header.Get("Date"))
+	date := httpDate(res.Get("Date"))
+	changed := httpDate(res.Get("Last-Modified"))
 	switch {
-	case isBare(directives, "no-cache"):
+	case directives.Has("no-cache"):
 		return 0
 	case directives.Has("s-maxage"):
-		return seconds(directives, "s-maxage")
+		return seconds(directives.Get("s-maxage"))
 	case directives.Has("max-age"):
-		return seconds(directives, "max-age")
-	case res.Header.Has("Expires"):
-		return httpDate(res.Header.Get("Expires")).Sub(date)
+		return seconds(directives.Get("max-age"))
+	case res.Has("Expires"):
+		return httpDate(res.Get("Expires")).Sub(date)
 	case !isHeuristic(res.Status) && !directives.Has("public"):
 		return 0
-	}
-	changed := httpDate(res.Header.Get("Last-Modified"))
-	if changed.IsZero() {
+	case changed.IsZero():
 		return ttl
 	}
 	return max(ttl, min(date.Sub(changed)/10, 7*24*time.Hour))
@@ -983,9 +940,9 @@ func lifetime(res *Response, ttl time.Duration) time.Duration {
 // counts from the earlier of Date and of when it was 0 by the Age field. If
 // that is still to come, the clock has been set back, and nobody knows.
 func (e *Entry) assess(ttl time.Duration, now time.Time) {
-	age, _ := strconv.ParseUint(e.Header.Get("Age"), 10, 63)
-	e.born = httpDate(e.request.Get("Date")).Add(-time.Duration(min(age, maxSeconds)) * time.Second)
-	if date := httpDate(e.Header.Get("Date")); date.Before(e.born) {
+	age := append(e.Values("Age"), "")[0]
+	e.born = httpDate(e.request.Get("Date")).Add(-seconds(age))
+	if date := httpDate(e.Get("Date")); date.Before(e.born) {
 		e.born = date
 	}
 	if e.born.After(now) {
@@ -994,8 +951,8 @@ func (e *Entry) assess(ttl time.Duration, now time.Time) {
 	e.lifetime = lifetime(&e.Response, ttl)
 	directives := cacheControl(e.Header)
 	e.strict = directives.Has("s-maxage") || directives.Has("must-revalidate") ||
-		directives.Has("proxy-revalidate") || isBare(directives, "no-cache")
-	e.Header = e.Header.Without("Age", "Content-Length")
+		directives.Has("proxy-revalidate") || directives.Has("no-cache")
+	e.Header = e.Without("Age", "Content-Length")
 }
 
 // satisfies reports whether the entry may answer a request as it is, or else
@@ -1007,40 +964,37 @@ func (e *Entry) satisfies(h Header, asked time.Time) (bool, reason) {
 	left := e.lifetime - age
 	switch {
 	case wantsReload(h),
-		directives.Has("max-age") && age >= seconds(directives, "max-age"),
-		directives.Has("min-fresh") && left < seconds(directives, "min-fresh"):
+		directives.Has("max-age") && age >= seconds(directives.Get("max-age")),
+		directives.Has("min-fresh") && left < seconds(directives.Get("min-fresh")):
 		return false, "request"
 	case left > 0:
 		return true, ""
-	case !e.strict && (isBare(directives, "max-stale") || -left < seconds(directives, "max-stale")):
-		return true, ""
 	}
-	return false, "stale"
+	anyAge := directives.Has("max-stale") && directives.Get("max-stale") == ""
+	return !e.strict && (anyAge || -left < seconds(directives.Get("max-stale"))), "stale"
 }
 
 // mayStandIn reports whether a stale entry may be used because the origin
-// failed. res is nil if there was no answer at all: then it may, unless that
-// is forbidden (RFC 9111 §4.2.4). For an error it must be allowed (RFC 5861 §4).
-func (e *Entry) mayStandIn(h Header, res *Response, now time.Time) bool {
-	if e.strict || wantsReload(h) {
-		return false
-	}
+// failed. It may if there was no answer at all, unless that is forbidden
+// (RFC 9111 §4.2.4). For an error it must be allowed (RFC 5861 §4).
+func (e *Entry) mayStandIn(h Header, res *Response, err error, now time.Time) bool {
 	own := cacheControl(e.Header)
-	if res == nil && !own.Has("stale-if-error") {
+	switch {
+	case e.strict, wantsReload(h), isStatusError(err):
+		return false
+	case err != nil && !own.Has("stale-if-error"):
 		return true
-	}
-	if res != nil && !slices.Contains([]int{500, 502, 503, 504}, res.Status) {
+	case err == nil && !slices.Contains([]int{500, 502, 503, 504}, res.Status):
 		return false
 	}
-	allowed := max(seconds(own, "stale-if-error"), seconds(cacheControl(h), "stale-if-error"))
-	return now.Sub(e.born)-e.lifetime < allowed
+	return now.Sub(e.born)-e.lifetime < max(seconds(own.Get("stale-if-error")),
+		seconds(cacheControl(h).Get("stale-if-error")))
 }
 
 // selectingFields returns the request fields that Vary names, in one spelling
 // for what means the same: lines joined, no space around commas, languages
 // and codings in any case and order (RFC 9111 §4.1).
-func selectingFields(stored, req Header) Header {
-	var selecting Header
+func selectingFields(stored, req Header) (selecting Header) {
 	for _, name := range stored.Values("Vary") {
 		elements := req.Values(name)
 		if len(elements) == 0 || selecting.Has(name) {
@@ -1058,8 +1012,7 @@ func selectingFields(stored, req Header) Header {
 }
 
 func (e *Entry) selectedBy(req Header) bool {
-	return !e.Header.Has("Vary") ||
-		slices.Equal(selectingFields(e.Header, e.request), selectingFields(e.Header, req))
+	return slices.Equal(selectingFields(e.Header, e.request), selectingFields(e.Header, req))
 }
 
 func hasValidator(h Header) bool { return h.Has("ETag") || h.Has("Last-Modified") }
@@ -1070,10 +1023,10 @@ func hasValidator(h Header) bool { return h.Has("ETag") || h.Has("Last-Modified"
 func withValidators(h, stored Header) Header {
 	h = h.Without("If-None-Match", "If-Modified-Since")
 	for _, f := range stored {
-		switch {
-		case equalFold(f.Name, "ETag"):
+		if equalFold(f.Name, "ETag") {
 			h = append(h, Field{"If-None-Match", f.Value})
-		case equalFold(f.Name, "Last-Modified"):
+		}
+		if equalFold(f.Name, "Last-Modified") {
 			h = append(h, Field{"If-Modified-Since", f.Value})
 		}
 	}
@@ -1098,30 +1051,27 @@ func sameTag(a, b string) bool {
 	return a == "" || b == "" || strings.TrimPrefix(a, "W/") == strings.TrimPrefix(b, "W/")
 }
 
-// tailor makes a whole response the answer to a request: 304 if the client has
-// it already (RFC 9110 §13.2.2), one range of it (§14), or all.
-func tailor(req *Request, res *Response, body content) *Response {
+// tailor makes a whole response, whose body is elsewhere, the answer to a
+// request: 304 if the client has it already (RFC 9110 §13.2.2), one range of
+// it (§14), or all.
+func tailor(res *Response, req *Request, body content) {
 	status, off, n := res.Status, int64(0), res.Length
 	if res.Status == 200 && notModified(req.Header, res.Header) {
 		status, n = 304, 0
 	} else if res.Status == 200 && req.Method == "GET" && n >= 0 {
-		status, off, n = byteRange(req.Header, res.Header, res.Length)
+		status, off, n = byteRange(req.Header, res.Header, n)
 	}
-	extent := ""
 	switch status {
 	case 206:
-		extent = fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, res.Length)
-	case 416:
-		extent = fmt.Sprintf("bytes */%d", res.Length)
-	}
-	if extent != "" {
+		extent := fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, res.Length)
 		res.Header = append(res.Header, Field{"Content-Range", extent})
+	case 416:
+		res.Header = append(res.Header, Field{"Content-Range", fmt.Sprintf("bytes */%d", res.Length)})
 	}
 	if status != res.Status {
 		res.Status, res.Reason, res.Length = status, statusText[status], n
 	}
 	res.Body = body.section(off, n)
-	return res
 }
 
 // notModified reports whether a condition of the request says that the client
@@ -1129,8 +1079,9 @@ func tailor(req *Request, res *Response, body content) *Response {
 func notModified(req, stored Header) bool {
 	if tags := req.Values("If-None-Match"); len(tags) > 0 {
 		tag := strings.TrimPrefix(stored.Get("ETag"), "W/")
-		return slices.Contains(tags, "*") ||
-			tag != "" && (slices.Contains(tags, tag) || slices.Contains(tags, "W/"+tag))
+		return slices.ContainsFunc(tags, func(t string) bool {
+			return t == "*" || tag != "" && strings.TrimPrefix(t, "W/") == tag
+		})
 	}
 	since := httpDate(req.Get("If-Modified-Since"))
 	changed := httpDate(cmp.Or(stored.Get("Last-Modified"), stored.Get("Date")))
@@ -1141,39 +1092,32 @@ var rangePattern = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
 
 // byteRange returns which n bytes of a body, from off on, a request wants:
 // with status 206, or 416 if there are none, or 200 if it wants all of them
-// (RFC 9110 §14). What is malformed, or is of another representation by
-// If-Range (§13.1.5), counts as none.
+// (RFC 9110 §14). What is malformed counts as none, and so does a range of
+// another representation: If-Range has to be the strong tag of this one, or
+// the very date of its last change (§13.1.5).
 func byteRange(req, stored Header, size int64) (status int, off, n int64) {
 	wanted := rangePattern.FindStringSubmatch(req.Get("Range"))
-	if wanted == nil || wanted[1]+wanted[2] == "" || !sameRepresentation(req.Get("If-Range"), stored) {
+	condition := req.Get("If-Range")
+	same := condition == "" || condition == stored.Get("Last-Modified") ||
+		condition == stored.Get("ETag") && condition[0] == '"'
+	if wanted == nil || wanted[1]+wanted[2] == "" || !same {
 		return 200, 0, size
 	}
 	first, _ := strconv.ParseInt(wanted[1], 10, 64) // too large a number is the largest
-	last, _ := strconv.ParseInt(wanted[2], 10, 64)
+	last, err := strconv.ParseInt(cmp.Or(wanted[2], "none"), 10, 64)
 	switch {
 	case wanted[1] == "":
 		first, last = max(0, size-last), size-1
-	case wanted[2] == "":
-		last = max(first, size-1)
-	case last < first:
-		return 200, 0, size
+	case errors.Is(err, strconv.ErrSyntax):
+		last = maxLength
 	}
-	if first >= size {
+	switch {
+	case last < first && wanted[1] != "":
+		return 200, 0, size
+	case first >= size:
 		return 416, 0, 0
 	}
 	return 206, first, min(last, size-1) + 1 - first
-}
-
-// sameRepresentation reports whether If-Range, if there is any, names what is
-// stored: by a strong tag, or by the very date of the last change.
-func sameRepresentation(ifRange string, stored Header) bool {
-	if ifRange == "" {
-		return true
-	}
-	if strings.HasPrefix(ifRange, `"`) {
-		return ifRange == stored.Get("ETag")
-	}
-	return ifRange == stored.Get("Last-Modified")
 }
 
 const dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
@@ -1191,24 +1135,17 @@ func httpDate(s string) time.Time {
 	return time.Time{}
 }
 
-// newEntry makes an entry of a response. It holds the fields that are end to
-// end, without those that are for one client alone by no-cache or private.
+// newEntry makes an entry of a response.
 func (t *transaction) newEntry(res *Response) *Entry {
-	var leftOut []string
-	for _, d := range cacheControl(res.Header) {
-		if d.Name == "private" || d.Name == "no-cache" {
-			leftOut = append(leftOut, strings.Fields(strings.ReplaceAll(d.Value, ",", " "))...)
-		}
-	}
-	e := &Entry{Response: *res, url: t.key.url}
-	e.Header = res.Header.endToEnd(leftOut...)
+	e := &Entry{Response: *res, url: t.key.url, hit: fileHit}
+	e.Header = res.endToEnd()
 	e.request = append(Header{{"Date", t.asked.UTC().Format(dateFormat)}},
 		selectingFields(e.Header, t.req.Header)...)
-	if e.Header.Has("Vary") {
-		generation := rand.Text()
-		if t.stored != nil {
-			generation = cmp.Or(t.stored.request.Get("Generation"), generation)
-		}
+	generation := rand.Text()
+	if t.stored != nil {
+		generation = cmp.Or(t.stored.request.Get("Generation"), generation)
+	}
+	if e.Has("Vary") {
 		e.request = append(e.request, Field{"Generation", generation})
 	}
 	return e
@@ -1226,16 +1163,14 @@ const plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
 // on Windows. What is too long is cut, and ends in a hash.
 func fileName(k key) string {
 	stem, _, _ := strings.Cut(k.url, ".")
-	stem = strings.TrimRight(stem, "0123456789")
-	device := containsFold([]string{"con", "prn", "aux", "nul", "com", "lpt"}, stem)
+	device := containsFold([]string{"con", "prn", "aux", "nul", "com", "lpt"}, strings.TrimRight(stem, "0123456789"))
 	name := make([]byte, 0, len(k.url)+20)
 	for i, b := range []byte(k.url) {
-		first, last := i == 0, i == len(k.url)-1
-		plain := strings.IndexByte(plainCharacters, b) >= 0
+		atEnd := i == 0 || i == len(k.url)-1
 		switch {
 		case b == '/':
 			name = append(name, '_')
-		case !plain, first && device, b == '.' && (first || last):
+		case strings.IndexByte(plainCharacters, b) < 0, device && i == 0, b == '.' && atEnd:
 			name = fmt.Appendf(name, "%%%02x", b)
 		default:
 			name = append(name, b)
@@ -1253,11 +1188,9 @@ const lengthFormat = "%20d"
 
 // transcript returns what stands in front of the body in a file.
 func (e *Entry) transcript() []byte {
-	b := append([]byte("GET http://"), e.url+" HTTP/1.1\r\n"...)
-	b = append(e.request.appendTo(b), "\r\n"...)
-	b = append(b, "HTTP/1.1 "+strconv.Itoa(e.Status)+" "+e.Reason+"\r\n"...)
-	b = e.Header.appendTo(b)
-	return fmt.Appendf(b, "Content-Length: "+lengthFormat+"\r\n\r\n", e.Length)
+	b := []byte("GET http://" + e.url + " HTTP/1.1\r\n")
+	b = append(e.request.appendTo(b), "\r\nHTTP/1.1 "+strconv.Itoa(e.Status)+" "+e.Reason+"\r\n"...)
+	return fmt.Appendf(e.Header.appendTo(b), "Content-Length: "+lengthFormat+"\r\n\r\n", e.Length)
 }
 
 // A cacheFile is a file that is being written. It keeps what it could not
@@ -1266,7 +1199,7 @@ type cacheFile struct {
 	*os.File
 	root    *os.Root
 	name    string
-	head    []byte // what stands in front of the body
+	head    []byte // what stands in front of the body, until that is written
 	start   int64  // where the body begins
 	written int64  // bytes
 	limit   int64  // bytes that it may take
@@ -1278,35 +1211,20 @@ var errTooLarge = errors.New("more than the cache may hold")
 
 // create makes a new file for an entry, of which nothing is written yet. If
 // somebody has removed the directory, it makes that anew.
-func (c *Cache) create(e *Entry) (*cacheFile, error) {
-	f := &cacheFile{name: temporary + rand.Text(), head: e.transcript(), limit: c.limit}
+func (c *Cache) create(e *Entry) (f *cacheFile, err error) {
+	f = &cacheFile{name: temporary + rand.Text(), head: e.transcript(), limit: c.limit}
 	f.start = int64(len(f.head))
-	open := func() (err error) {
+	for range 2 {
 		f.root = c.root.Load()
 		f.File, err = f.root.OpenFile(f.name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-		return err
-	}
-	err := open()
-	if errors.Is(err, fs.ErrNotExist) && c.openRoot() == nil {
-		err = open()
+		if !errors.Is(err, fs.ErrNotExist) || c.openRoot() != nil {
+			break
+		}
 	}
 	return f, err
 }
 
-// openRoot opens the directory. It stays open, so that a file costs fewer
-// system calls.
-func (c *Cache) openRoot() error {
-	if err := os.MkdirAll(c.dir, 0o700); err != nil {
-		return err
-	}
-	root, err := os.OpenRoot(c.dir)
-	if err == nil {
-		c.root.Store(root)
-	}
-	return err
-}
-
-// Write writes a piece of the body, and the head before the first one.
+// Write writes a piece of the body, and the head in front of the first one.
 func (f *cacheFile) Write(p []byte) (int, error) {
 	text := p
 	if f.head != nil {
@@ -1326,10 +1244,6 @@ func (f *cacheFile) Write(p []byte) (int, error) {
 	return n, err
 }
 
-func (f *cacheFile) rename(name string) error { return f.root.Rename(f.name, name) }
-
-func (f *cacheFile) remove() { f.root.Remove(f.name) }
-
 // readEntry reads a file, but not the body. It returns nil if the file is none
 // of ours, or not whole.
 func readEntry(root *os.Root, name string) *Entry {
@@ -1338,34 +1252,32 @@ func readEntry(root *os.Root, name string) *Entry {
 		return nil
 	}
 	info, err := file.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		file.Close()
+	if err != nil {
 		return nil
 	}
 	const room = 4 * maxHead
 	var req Request
-	e := &Entry{weight: info.Size(), used: info.ModTime()}
-	lines := newLineReader(bufio.NewReader(file))
-	lines.room = room
+	e := &Entry{weight: info.Size(), used: info.ModTime(), hit: fileHit}
+	lines := lineReader{in: bufio.NewReader(file), room: room}
 	lines.fail(req.parseLine(lines.next()))
 	e.url = strings.TrimPrefix(req.Target, "http://")
 	e.request = lines.header(false)
 	lines.fail(e.parseLine(lines.next()))
 	e.Header = lines.header(false)
-	e.Length, err = strconv.ParseInt(e.Header.Get("Content-Length"), 10, 64)
+	e.Length, err = strconv.ParseInt(e.Get("Content-Length"), 10, 64)
 	start := int64(room - lines.room)
-	if cmp.Or(lines.err, err) != nil || start+e.Length != info.Size() {
+	whole := info.Mode().IsRegular() && start+e.Length == info.Size()
+	if cmp.Or(lines.err, err) != nil || !whole {
 		file.Close()
 		return nil
 	}
-	e.content = fileContent{file, start}
+	e.content = fileContent{nil, file, start}
 	return e
 }
 
 // newCache opens the directory, and makes sure that it can be written to.
 func newCache(config CacheConfig) (*Cache, error) {
-	c := &Cache{CacheConfig: config, downloads: map[key]*download{},
-		unshared: map[key]time.Time{}, seen: map[key][]time.Time{}}
+	c := &Cache{CacheConfig: config, downloads: map[key]*download{}}
 	if err := c.openRoot(); err != nil {
 		return nil, err
 	}
@@ -1373,14 +1285,27 @@ func newCache(config CacheConfig) (*Cache, error) {
 	if err != nil {
 		return nil, err
 	}
-	file.remove()
+	file.root.Remove(file.name)
 	return c, file.Close()
+}
+
+// openRoot opens the directory. It stays open, so that a file costs fewer
+// system calls.
+func (c *Cache) openRoot() error {
+	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(c.dir)
+	if err == nil {
+		c.root.Store(root)
+	}
+	return err
 }
 
 // usage returns how many files and bytes the directory holds.
 func (c *Cache) usage() (files, bytes int64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.Lock()
+	defer c.Unlock()
 	return c.files, c.size
 }
 
@@ -1389,35 +1314,34 @@ func (c *Cache) usage() (files, bytes int64) {
 // crash has left unfinished goes as well. Files of others neither count nor go.
 func (c *Cache) trim(full bool) {
 	root := c.root.Load()
-	entries, _ := fs.ReadDir(root.FS(), ".")
-	var files []os.FileInfo
+	names, _ := fs.ReadDir(root.FS(), ".")
+	var files []fs.FileInfo
 	size := int64(0)
-	for _, entry := range entries {
-		info, err := entry.Info()
-		stray := strings.HasPrefix(entry.Name(), temporary)
-		switch {
-		case err == nil && stray && c.now().Sub(info.ModTime()) > strayWait:
-			root.Remove(entry.Name())
-		case err == nil && !stray && isOurs(root, entry.Name()):
+	for _, name := range names {
+		info, err := name.Info()
+		switch stray := strings.HasPrefix(name.Name(), temporary); {
+		case err != nil:
+		case stray && c.now().Sub(info.ModTime()) > strayWait:
+			root.Remove(name.Name())
+		case !stray && isOurs(root, name.Name()):
 			files = append(files, info)
 			size += info.Size()
 		}
 	}
-
 	enough := c.limit
 	if full {
 		enough = min(size, c.limit) / 4 * 3
 	} else if size > c.limit {
 		enough -= c.limit / 16 // so that it does not begin again at once
 	}
-	slices.SortFunc(files, func(a, b os.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
+	slices.SortFunc(files, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
 	for len(files) > 0 && size > enough {
 		root.Remove(files[0].Name())
 		size -= files[0].Size()
 		files = files[1:]
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.Lock()
+	defer c.Unlock()
 	c.files += int64(len(files))
 	c.size += size
 }

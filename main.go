@@ -233,13 +233,13 @@ func (x *exchange) answer() (*Response, error) {
 // fetch answers a request from the cache, or with the help of its origin.
 func (x *exchange) fetch(req *Request) (*Response, error) {
 	// Max-Forwards limits how far OPTIONS goes (RFC 9110 §7.6.2).
-	hops, err := strconv.ParseUint(req.Header.Get("Max-Forwards"), 10, 62)
+	hops, err := strconv.ParseUint(req.Get("Max-Forwards"), 10, 62)
 	if req.Method == "OPTIONS" && err == nil {
 		if hops == 0 {
 			return page(x.now(), 200, "text/plain", ""), nil
 		}
 		closer := *req
-		closer.Header = append(req.Header.Without("Max-Forwards"), Field{"Max-Forwards", fmt.Sprint(hops - 1)})
+		closer.Header = append(req.Without("Max-Forwards"), Field{"Max-Forwards", fmt.Sprint(hops - 1)})
 		req = &closer
 	}
 	res, status, err := x.store.roundTrip(req, x.ask)
@@ -255,8 +255,8 @@ func (x *exchange) ask(req *Request) (*Response, error) {
 		return nil, err
 	}
 	x.origin = res.Origin
-	if httpDate(res.Header.Get("Date")).IsZero() {
-		res.Header = append(res.Header.Without("Date"), dateField(x.now()))
+	if httpDate(res.Get("Date")).IsZero() {
+		res.Header = append(res.Without("Date"), dateField(x.now()))
 	}
 	return res, nil
 }
@@ -362,19 +362,19 @@ func (x *exchange) admit() error {
 		if x.req.Direct {
 			field, status = "Authorization", 401
 		}
-		scheme, given, _ := strings.Cut(x.req.Header.Get(field), " ")
+		scheme, given, _ := strings.Cut(x.req.Get(field), " ")
 		given = strings.TrimLeft(given, " ")
 		right := subtle.ConstantTimeCompare([]byte(given), []byte(x.auth)) == 1
 		if !right || !equalFold(scheme, "Basic") {
 			return errorf(status, "this proxy needs a user name and a password")
 		}
 	}
-	for _, via := range x.req.Header.Values("Via") {
+	for _, via := range x.req.Values("Via") {
 		if strings.HasSuffix(via, " "+x.origins.pseudonym) {
 			return errorf(508, "this request has been here before")
 		}
 	}
-	if expect := x.req.Header.Get("Expect"); expect != "" && !equalFold(expect, "100-continue") {
+	if expect := x.req.Get("Expect"); expect != "" && !equalFold(expect, "100-continue") {
 		return errorf(417, "nothing is known of the expectation %+.200q", expect)
 	}
 	if x.req.Method == "TRACE" {
@@ -462,7 +462,7 @@ func (x *exchange) fetchByPath() (*Response, error) {
 	if err := x.mayName(req.URL); err != nil {
 		return nil, err
 	}
-	req.Header = req.Header.Without("Authorization", "Cookie")
+	req.Header = req.Without("Authorization", "Cookie")
 	x.req = &req
 	res, err := x.fetch(&req)
 	if err == nil {
@@ -507,7 +507,8 @@ func (x *exchange) localFile(escaped string) *Response {
 	changed := Field{"Last-Modified", info.ModTime().UTC().Format(dateFormat)}
 	res := page(x.now(), 200, kind, "", changed)
 	res.Length = info.Size()
-	return tailor(x.req, res, fileContent{file, 0})
+	tailor(res, x.req, fileContent{nil, file, 0})
+	return res
 }
 
 // A config is the command line.
@@ -710,15 +711,15 @@ type journal struct {
 	begun time.Time
 	to    io.Writer
 
-	mu       sync.Mutex // guards the rest
-	out      *bufio.Writer
-	latest   []string // the last maxRecords lines, without queries and not of any length
-	requests int
-	hits     int
-	tunnels  int
-	errors   int
-	sent     int64 // bytes
-	saved    int64 // those of hits
+	sync.Mutex // guards the rest
+	out        *bufio.Writer
+	latest     []string // the last maxRecords lines, without queries and not of any length
+	requests   int
+	hits       int
+	tunnels    int
+	errors     int
+	sent       int64 // bytes
+	saved      int64 // those of hits
 }
 
 // log writes a line in Squid's native format, and counts. To look at the
@@ -731,23 +732,19 @@ func (x *exchange) log() {
 	}
 	if x.res != nil {
 		status = x.res.Status
-		kind, _, _ = strings.Cut(x.res.Header.Get("Content-Type"), ";")
+		kind, _, _ = strings.Cut(x.res.Get("Content-Type"), ";")
 	}
 	if x.origin.IsValid() {
 		asked = "HIER_DIRECT/" + x.origin.String()
 	}
-	stamp := strconv.FormatInt(now.UnixMilli(), 10)
-	seconds, millis := stamp[:len(stamp)-3], stamp[len(stamp)-3:]
-	took := strconv.FormatInt(now.Sub(x.start).Milliseconds(), 10)
-	front := seconds + "." + millis + "      "[min(len(took), 6):] + " " + took + " " +
-		x.client.peer.String() + " " + outcome + "/" + strconv.Itoa(1000 + status)[1:] + " " +
-		strconv.FormatInt(sent, 10) + " " + printable(x.req.Method) + " "
-	back := " - " + asked + " " + printable(kind) + "\n"
+	front := fmt.Sprintf("%d.%03d %6d %s %s/%03d %d %s ", now.Unix(), now.Nanosecond()/1e6,
+		now.Sub(x.start).Milliseconds(), x.client.peer, outcome, status, sent, printable(x.req.Method))
+	back := fmt.Sprintf(" - %s %s\n", asked, printable(kind))
 	url := printable(x.subject())
 
 	j := &x.journal
-	j.mu.Lock()
-	defer j.mu.Unlock()
+	j.Lock()
+	defer j.Unlock()
 	j.out.WriteString(front + url + back)
 	if x.req.Direct && url == "/" {
 		return
@@ -804,8 +801,8 @@ func printable(s string) string {
 // flush writes the log out, and returns what it counts. After an error, such
 // as a full disk, the next lines are written as if nothing had been.
 func (j *journal) flush() string {
-	j.mu.Lock()
-	defer j.mu.Unlock()
+	j.Lock()
+	defer j.Unlock()
 	j.out.Flush()
 	j.out.Reset(j.to)
 	return fmt.Sprintf("%d requests, %d%% of them hits, %d tunnels, %d errors; %.1f MiB sent, %.1f MiB of it saved",
@@ -833,8 +830,8 @@ func (j *journal) statusPage(c *Cache) string {
 	files, size := c.usage()
 	name, _ := os.Hostname()
 	outcomes, hosts, rows := map[string]int{}, map[string]int{}, ""
-	j.mu.Lock()
-	defer j.mu.Unlock()
+	j.Lock()
+	defer j.Unlock()
 	for i, line := range slices.Backward(j.latest) {
 		f := strings.Fields(html.EscapeString(line)) // no URL can become markup
 		outcomes[f[3]]++

@@ -6,8 +6,8 @@ package main
 //
 // Its story comes first: the messages, readRequest and readResponse, the body
 // that follows a head, writeResponse and writeRequest, and roundTrip, which
-// asks an origin. Below that stand the connection, the pool of idle ones, the
-// strict rules of parsing, and small helpers.
+// asks an origin. Below that stand tunnels, the connection itself, the strict
+// rules of parsing, and small helpers.
 
 import (
 	"bufio"
@@ -35,16 +35,14 @@ type Field struct{ Name, Value string }
 // A Header holds the fields of a head in the order in which they came.
 type Header []Field
 
-// A Request is what a client asks for. It is not changed once it has been
+// A Request is what a client asks for. It does not change once it has been
 // read; what an origin gets is built from it by writeRequest.
 type Request struct {
-	Method string
-	Target string // as it stands in the request line
-	Proto  string // "HTTP/1.0" or "HTTP/1.1"
-	Header Header
+	Method, Target, Proto string // as they stand in the first line
+	Header
 	Host   string // what the Host field names, as host:port; empty if there is none
 	URL    URL    // what is asked for
-	Direct bool   // the target was a path or "*": we are asked as a server, not as a proxy
+	Direct bool   // we are asked as a server and not as a proxy: Target is a path or "*"
 	Body   *body
 }
 
@@ -54,18 +52,18 @@ type Response struct {
 	Proto  string
 	Status int
 	Reason string
-	Header Header
-	Length int64 // bytes of the body (for HEAD: of the one it would have), -1 if only its end tells
+	Header
+	Length int64 // bytes of the body (for HEAD: of the one it would have), -1 if unknown
 	Body   io.ReadCloser
 	Ready  bool       // the whole body is here, and reading it does not wait
 	Origin netip.Addr // where it came from; not valid if it was made here
 }
 
-// A URL is the part of an http URL that leads to a resource. Fragments and
-// passwords are never part of it.
+// A URL is the part of an http URL that leads to a resource. It has neither
+// fragment nor password.
 type URL struct {
 	Authority string // host:port in one spelling, as "example.com:80" or "[::1]:8080"
-	Path      string // path and query; "*" asks about a server as a whole
+	Path      string // path and query, or "*"
 }
 
 // A statusError is an error that a client may be told: a status code and one
@@ -75,7 +73,7 @@ type statusError struct {
 	text string
 }
 
-// errSilent means that a connection was closed before the first byte of a
+// errSilent says that a connection was closed before the first byte of a
 // message, as an idle one may be at any time.
 var errSilent = errors.New("closed the connection without an answer")
 
@@ -85,29 +83,23 @@ var errSilent = errors.New("closed the connection without an answer")
 // also returns what it has understood so far; any other error means that
 // there is no request to be answered.
 func readRequest(c *conn) (*Request, error) {
-	req := &Request{Body: &body{c: c}}
-	var err error
-	req.Header, err = c.readHead(false, req.parseLine)
-	if os.IsTimeout(err) && c.in.Buffered() > 0 {
-		err = errorf(408, "the head of the request has not come within %v", headWait)
-	}
-	if err == nil {
-		err = req.parseTarget()
-	}
-	if err == nil {
-		err = req.parseHost()
-	}
+	req := &Request{Body: newBody(c, untilClose)}
+	header, err := c.readHead(false, req.parseLine)
 	if err != nil {
 		return req, err
 	}
-	framing, length, err := findFraming(req.Proto, req.Header, false)
-	if err != nil {
+	req.Header = header
+	if err := req.parseTarget(); err != nil {
 		return req, err
 	}
-	if req.Method == "CONNECT" {
-		framing, length = untilClose, -1
+	if err := req.parseHost(); err != nil {
+		return req, err
 	}
-	req.Body = newBody(c, framing, length)
+	framing, err := findFraming(req.Proto, header, false)
+	if err != nil || req.Method == "CONNECT" { // what follows that is no body
+		return req, err
+	}
+	req.Body = newBody(c, framing)
 	return req, req.Body.checkFirstChunk()
 }
 
@@ -115,20 +107,20 @@ func readRequest(c *conn) (*Request, error) {
 // its body ends. Its errors are about the origin: the caller says which.
 func readResponse(c *conn, method string) (*Response, *body, error) {
 	res := new(Response)
-	var err error
-	res.Header, err = c.readHead(true, res.parseLine)
+	header, err := c.readHead(true, res.parseLine)
 	if err != nil {
 		return nil, nil, err
 	}
-	framing, length, err := findFraming(res.Proto, res.Header, true)
-	res.Length = length
+	framing, err := findFraming(res.Proto, header, true)
 	if bodiless(res.Status) {
-		res.Length = 0
+		framing = 0
 	}
-	if method == "HEAD" || bodiless(res.Status) {
-		framing, length = byLength, 0
+	res.Header = header
+	res.Length = max(int64(framing), -1)
+	if method == "HEAD" {
+		framing = 0
 	}
-	return res, newBody(c, framing, length), err
+	return res, newBody(c, framing), err
 }
 
 // readHead reads a first line, which parseLine is given, and the fields of a
@@ -137,93 +129,88 @@ func (c *conn) readHead(response bool, parseLine func(string) error) (Header, er
 	if err := c.awaitHead(); err != nil {
 		return nil, err
 	}
-	defer c.endHead()
-	lines := newLineReader(c.in)
+	lines := lineReader{in: c.in, room: maxHead, tooLong: 414}
 	line := lines.next()
 	if line == "" {
 		line = lines.next()
 	}
 	if lines.err == nil {
-		lines.fail(parseLine(line))
+		lines.err = parseLine(line)
 	}
+	lines.tooLong = 431
 	header := lines.header(response)
+	if os.IsTimeout(lines.err) {
+		lines.err = errorf(408, "the head has not come within %v", headWait)
+	}
+	c.moves.CompareAndSwap(maxLength, 0) // progress moves the deadline again
 	return header, lines.err
 }
+
+// A framing tells where a body ends: after that many bytes, or in one of two
+// other ways (RFC 9112 §6.3).
+type framing int64
+
+const (
+	chunked    framing = -1
+	untilClose framing = -2
+)
 
 // A body is what follows a head, decoded from its framing. Reading it returns
 // io.EOF only when it has ended as its head promised; the error of a body
 // that breaks off is a statusError.
 type body struct {
-	c       *conn
-	framing framing
-	length  int64       // in bytes, -1 while nobody knows
-	left    int64       // bytes to come: of the body or, where it is chunked, of the chunk
-	lines   lineReader  // reads what stands between chunks
-	begun   bool        // the first chunk has been read
-	whole   atomic.Bool // it has ended as promised; nothing is touched after that
-	upload  chan error  // tells how sending it to an origin ended; nil if nobody does
+	c *conn
+	framing
+	left   int64       // bytes to come: of the body or, where it is chunked, of the chunk
+	lines  lineReader  // reads what stands between chunks
+	begun  bool        // the first chunk has been read
+	whole  atomic.Bool // it has ended as promised; nothing is touched after that
+	upload chan error  // tells how sending it to an origin ended; nil if nobody does
 }
 
-// A framing is a way to tell where a body ends (RFC 9112 §6.3).
-type framing int
-
-const (
-	byLength framing = iota
-	chunked
-	untilClose
-)
-
-func newBody(c *conn, framing framing, length int64) *body {
-	b := &body{c: c, framing: framing, length: length, left: length}
-	b.lines = lineReader{in: c.in, room: maxHead, strict: true, tooLong: 400}
+func newBody(c *conn, framing framing) *body {
+	b := &body{c: c, framing: framing, left: int64(framing)}
 	switch framing {
+	case 0:
+		b.whole.Store(true)
 	case chunked:
 		b.left = 0
+		b.lines = lineReader{in: c.in, room: maxHead, tooLong: 400, strict: true}
 	case untilClose:
 		b.left = maxLength
 	}
-	b.whole.Store(length == 0)
 	return b
 }
 
 func (b *body) Read(p []byte) (int, error) {
+	if b.framing == chunked && b.left == 0 && !b.whole.Load() {
+		if err := b.nextChunk(); err != nil {
+			return 0, err
+		}
+	}
 	if b.whole.Load() {
 		return 0, io.EOF
 	}
-	if b.framing == chunked && b.left == 0 {
-		if err := b.nextChunk(); err != nil {
-			return 0, b.brokenBy(err)
-		}
-		if b.left == 0 {
-			b.whole.Store(true)
-			return 0, io.EOF
-		}
-	}
-
 	n, err := b.c.in.Read(p[:min(int64(len(p)), b.left)])
 	b.left -= int64(n)
-	switch {
-	case b.framing == byLength && b.left == 0, b.framing == untilClose && err == io.EOF:
+	if b.framing > 0 && b.left == 0 || b.framing == untilClose && err == io.EOF {
 		b.whole.Store(true)
 		return n, io.EOF
-	case err != nil:
-		return n, b.brokenBy(err)
 	}
-	return n, nil
+	return n, b.brokenBy(err)
 }
 
 // nextChunk reads what stands between the data of two chunks, so that left
-// is the size of the next one, and 0 after the last (RFC 9112 §7.1). Chunk
-// extensions and trailers are dropped: nothing may depend on them (RFC 9110
-// §6.5.1). They may take 16 bytes for each chunk and maxHead more, so that
-// nobody keeps us reading for nothing.
+// is the size of the next one; after the last the body is whole (RFC 9112
+// §7.1). Chunk extensions and trailers are dropped: nothing may depend on them
+// (RFC 9110 §6.5.1). They may take 16 bytes for each chunk and maxHead more,
+// so that nobody keeps us reading for nothing.
 func (b *body) nextChunk() error {
 	if b.begun && b.lines.next() != "" {
 		b.lines.fail(badRequest("a chunk is longer than its size says"))
 	}
 	b.begun = true
 	b.lines.room += 16
-
 	line := b.lines.next()
 	size, _, _ := strings.Cut(line, ";")
 	size = strings.TrimRight(size, " \t") // some servers pad it
@@ -231,17 +218,18 @@ func (b *body) nextChunk() error {
 	if err != nil || len(size) > 16 {
 		b.lines.fail(badRequest("malformed chunk size %+.200q", line))
 	}
+	b.left = int64(n)
 	if n == 0 && b.lines.err == nil {
 		b.lines.header(false) // the trailers
+		b.whole.Store(b.lines.err == nil)
 	}
-	b.left = int64(n)
-	return b.lines.err
+	return b.brokenBy(b.lines.err)
 }
 
-// brokenBy returns the error of a body that ends too early.
+// brokenBy returns the error of a body that ends too early by err.
 func (b *body) brokenBy(err error) error {
 	switch {
-	case isStatusError(err):
+	case err == nil || isStatusError(err):
 		return err
 	case os.IsTimeout(err):
 		return errorf(408, "the rest of the body has not come within %v", b.c.limit)
@@ -256,19 +244,12 @@ func (b *body) checkFirstChunk() error {
 	if b.framing != chunked || !bytes.Contains(buffered, []byte("\n")) {
 		return nil
 	}
-	if err := b.nextChunk(); err != nil {
-		return b.brokenBy(err)
+	err := b.nextChunk()
+	if b.whole.Load() {
+		b.framing = 0
 	}
-	if b.left == 0 {
-		b.framing, b.length = byLength, 0
-		b.whole.Store(true)
-	}
-	return nil
+	return err
 }
-
-// consumed reports whether the body has been read to its end, so that the
-// next message follows on the connection.
-func (b *body) consumed() bool { return b.sendError() == nil && b.whole.Load() }
 
 // sendError returns what keeps the body from having been sent to an origin. A
 // response may be a moment ahead of the last byte of the request, so that is
@@ -286,6 +267,10 @@ func (b *body) sendError() error {
 	}
 }
 
+// consumed reports whether the body has been read to its end, so that the
+// next message follows on the connection.
+func (b *body) consumed() bool { return b.sendError() == nil && b.whole.Load() }
+
 // feeds names the connection that the body's bytes go to. It is flushed
 // whenever reading the body may have to wait: small pieces leave together,
 // and none of them waits for the next.
@@ -302,46 +287,41 @@ type flusher interface{ Flush() error }
 func writeResponse(c *conn, req *Request, res *Response, keep bool, more ...Field) (bool, error) {
 	old := req.Proto == "HTTP/1.0"
 	hasBody := req.Method != "HEAD" && !bodiless(res.Status)
-	endsByClose := hasBody && res.Length < 0 && old
-	chunks := hasBody && res.Length < 0 && !old
-	keep = keep && !endsByClose
-
-	switch {
-	case chunks:
+	unknown := hasBody && res.Length < 0
+	if unknown && !old {
 		more = append(more, Field{"Transfer-Encoding", "chunked"})
-	case res.Length >= 0 && !bodiless(res.Status):
+	} else if res.Length >= 0 && !bodiless(res.Status) {
 		more = append(more, Field{"Content-Length", strconv.FormatInt(res.Length, 10)})
 	}
-	switch {
-	case !keep:
+	if unknown && old || !keep {
+		keep = false
 		more = append(more, Field{"Connection", "close"})
-	case old:
+	} else if old {
 		more = append(more, Field{"Connection", "keep-alive"})
 	}
 	// The version is ours, not the one that the origin speaks (RFC 9110 §6.2).
-	c.writeHead("HTTP/1.1 "+strconv.Itoa(res.Status)+" "+res.Reason, res.Header.endToEnd(), more)
+	c.writeHead("HTTP/1.1 "+strconv.Itoa(res.Status)+" "+res.Reason, res.endToEnd(), more)
 	if !hasBody {
 		return keep, c.Flush()
 	}
-	if !endsByClose {
-		return keep, writeBody(c, res.Body, res.Length, chunks)
+	if !unknown || !old {
+		return keep, writeBody(c, res.Body, res.Length, unknown)
 	}
 
-	// Such a client takes any close for the end, so until all is written a
-	// close is to be a reset, even the one that comes with our own death.
+	// A client of HTTP/1.0 takes any close for the end of such a body. Until all
+	// of it is written a close is to be a reset, even the one of our own death.
 	c.tcp().SetLinger(0)
-	err := writeBody(c, res.Body, res.Length, chunks)
+	err := writeBody(c, res.Body, res.Length, false)
 	if err != nil {
 		c.Close()
-		return false, err
 	}
 	c.tcp().SetLinger(-1)
-	return false, nil
+	return false, err
 }
 
 // writeBody sends a body of length bytes, or of unknown length (-1), each
 // piece as it comes.
-func writeBody(c *conn, from io.Reader, length int64, chunks bool) error {
+func writeBody(c *conn, from io.Reader, length int64, chunks bool) (err error) {
 	if source, waits := from.(interface{ feeds(flusher) }); waits {
 		source.feeds(c)
 	}
@@ -349,19 +329,16 @@ func writeBody(c *conn, from io.Reader, length int64, chunks bool) error {
 	if chunks {
 		to = chunkWriter{c}
 	}
-
-	var err error
-	_, inMemory := from.(io.WriterTo)
-	if length < 0 || inMemory {
+	if _, inMemory := from.(io.WriterTo); inMemory || length < 0 {
 		_, err = io.Copy(to, from)
 	} else {
-		// It takes a buffer as large as the body, where Copy takes 32 KiB for 1.
-		_, err = io.CopyN(to, from, length)
+		_, err = io.CopyN(to, from, length) // takes no buffer of 32 KiB for a body of 1
 	}
 	if err == nil && chunks {
 		_, err = c.Write([]byte("0\r\n\r\n"))
 	}
-	return cmp.Or(err, c.Flush()) // if the body broke off, what there is of it goes out
+	unsent := c.Flush() // if the body broke off, what there is of it goes out
+	return cmp.Or(err, unsent)
 }
 
 // A chunkWriter writes each piece that it is given as one chunk.
@@ -379,21 +356,12 @@ func writeRequest(c *conn, req *Request, pseudonym string) error {
 	more := Header{viaField(req.Proto, pseudonym)}
 	if req.Body.framing == chunked {
 		more = append(more, Field{"Transfer-Encoding", "chunked"})
-	} else if req.Header.Has("Content-Length") || req.Header.Has("Transfer-Encoding") {
-		more = append(more, Field{"Content-Length", strconv.FormatInt(req.Body.length, 10)})
+	} else if req.Has("Content-Length") || req.Has("Transfer-Encoding") {
+		more = append(more, Field{"Content-Length", fmt.Sprint(int64(req.Body.framing))})
 	}
 	c.writeHead(req.Method+" "+req.URL.Path+" HTTP/1.1",
-		Header{{"Host", req.URL.Host()}}, req.Header.endToEnd("Host"), more)
+		Header{{"Host", req.URL.Host()}}, req.endToEnd("Host"), more)
 	return c.Flush()
-}
-
-// writeHead writes a first line, and fields from several headers.
-func (c *conn) writeHead(line string, headers ...Header) {
-	c.out = append(c.out, line+"\r\n"...)
-	for _, h := range headers {
-		c.out = h.appendTo(c.out)
-	}
-	c.out = append(c.out, "\r\n"...)
 }
 
 // viaField is what a proxy called pseudonym adds to a message (RFC 9110 §7.6.3).
@@ -405,10 +373,10 @@ func viaField(proto, pseudonym string) Field {
 type originPool struct {
 	pseudonym string       // in Via
 	keepInner bool         // whether connections to inner addresses may be kept
-	guard     func(func()) // runs what a goroutine of its own does, and survives its bugs
+	guard     func(func()) // runs what a goroutine does, and survives its bugs
 
-	mu   sync.Mutex
-	idle []idleConn // the one that was used last stands last
+	sync.Mutex            // guards the rest
+	idle       []idleConn // the one that was used last stands last
 }
 
 type idleConn struct {
@@ -427,10 +395,9 @@ type idleConn struct {
 func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
 	interim func(*Response)) (*Response, error) {
 	idempotent := slices.Contains([]string{"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}, req.Method)
-	if idempotent && req.Body.length == 0 && !authenticatesConnection(req.Header, "Authorization") {
+	if idempotent && req.Body.framing == 0 && !authenticatesConnection(req.Header, "Authorization") {
 		if idle := p.take(req.URL.Authority); idle != nil {
-			res, err := p.ask(idle, req, interim)
-			if err != errSilent {
+			if res, err := p.ask(idle, req, interim); err != errSilent {
 				return res, err
 			}
 		}
@@ -449,17 +416,15 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 	if unsent == nil && !req.Body.whole.Load() {
 		p.startUpload(c, req.Body)
 	}
-
 	// An origin may answer before it has all of the request (RFC 9112 §9.5),
 	// even where it does not take any more of it.
 	res, content, err := readResponse(c, req.Method)
 	for n := 0; err == nil && res.Status < 200; n++ {
-		if n == maxInterim {
-			err = fmt.Errorf("more than %d interim responses", maxInterim)
-			break
-		}
 		interim(res)
 		res, content, err = readResponse(c, req.Method)
+		if n > maxInterim {
+			err = errors.New("its interim responses do not end")
+		}
 	}
 	if err != nil {
 		c.Close()
@@ -472,50 +437,35 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 		return nil, err
 	}
 
+	// Who authenticates a connection (RFC 4559) does so for one user. And who
+	// sends two lengths may mean either.
+	reusable := unsent == nil && keepsAlive(res.Proto, res.Header) &&
+		!authenticatesConnection(req.Header, "Authorization") &&
+		!authenticatesConnection(res.Header, "WWW-Authenticate") &&
+		(p.keepInner || !isInner(c.peer)) &&
+		!(res.Has("Content-Length") && res.Has("Transfer-Encoding"))
 	res.Origin = c.peer
-	res.Ready = content.framing == byLength && content.length <= int64(c.in.Buffered())
-	res.Body = &originBody{
-		body:      content,
-		pool:      p,
-		authority: req.URL.Authority,
-		request:   req.Body,
-		reusable:  unsent == nil && p.mayReuse(c, req, res),
-	}
+	res.Ready = content.framing >= 0 && int(content.framing) <= c.in.Buffered()
+	res.Body = originBody{content, sync.OnceFunc(func() {
+		// The origin must not have said anything beyond the end of its response.
+		if reusable && content.whole.Load() && c.in.Buffered() == 0 && req.Body.consumed() {
+			p.put(c, req.URL.Authority)
+		} else {
+			c.Close()
+		}
+	})}
 	return res, nil
 }
 
-// mayReuse reports whether a connection may carry other requests after this
-// exchange. Some origins authenticate a connection instead of a request: one
-// that has seen that belongs to one user (NTLM and Negotiate, RFC 4559).
-func (p *originPool) mayReuse(c *conn, req *Request, res *Response) bool {
-	ambiguous := res.Header.Has("Content-Length") && res.Header.Has("Transfer-Encoding")
-	return keepsAlive(res.Proto, res.Header) && !ambiguous &&
-		(p.keepInner || !isInner(c.peer)) &&
-		!authenticatesConnection(req.Header, "Authorization") &&
-		!authenticatesConnection(res.Header, "WWW-Authenticate")
-}
-
-// An originBody is the body of an origin's response. Close may be called
-// while another goroutine reads.
+// An originBody is the body of an origin's response. Close gives its
+// connection back, and may be called while another goroutine reads.
 type originBody struct {
 	*body
-	pool      *originPool
-	authority string
-	request   *body // what the origin was sent
-	reusable  bool
-	closed    atomic.Bool
+	release func()
 }
 
-// Close keeps the connection for another request if this one is over, and the
-// origin has said nothing beyond the end of its response.
-func (b *originBody) Close() error {
-	if b.closed.Swap(true) {
-		return nil
-	}
-	if !b.reusable || !b.whole.Load() || b.c.in.Buffered() > 0 || !b.request.consumed() {
-		return b.c.Close()
-	}
-	b.pool.put(b.c, b.authority)
+func (b originBody) Close() error {
+	b.release()
 	return nil
 }
 
@@ -533,23 +483,22 @@ func (p *originPool) startUpload(to *conn, from *body) {
 			}
 			from.upload <- err
 		}()
-		err = writeBody(to, from, from.length, from.framing == chunked)
+		err = writeBody(to, from, max(int64(from.framing), -1), from.framing == chunked)
 	})
 }
 
 // take returns an idle connection to an origin, or nil.
 func (p *originPool) take(authority string) *conn {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.Lock()
+	defer p.Unlock()
 	for i, idle := range slices.Backward(p.idle) {
-		if idle.authority != authority {
-			continue
+		if idle.authority == authority {
+			p.idle = slices.Delete(p.idle, i, i+1)
+			if alive(idle.conn, syscall.Read) {
+				return idle.conn
+			}
+			idle.Close()
 		}
-		p.idle = slices.Delete(p.idle, i, i+1)
-		if alive(idle.conn, syscall.Read) {
-			return idle.conn
-		}
-		idle.Close()
 	}
 	return nil
 }
@@ -557,41 +506,21 @@ func (p *originPool) take(authority string) *conn {
 // put keeps a connection for the next request.
 func (p *originPool) put(c *conn, authority string) {
 	c.feeds = nil
-	p.mu.Lock()
+	p.Lock()
 	p.idle = append(p.idle, idleConn{c, authority, time.Now()})
-	p.mu.Unlock()
+	p.Unlock()
 	p.closeIdle()
 }
 
 // closeIdle closes the connections that are too many, or that nobody has used
 // for a while.
 func (p *originPool) closeIdle() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.Lock()
+	defer p.Unlock()
 	for len(p.idle) > 0 && (len(p.idle) > maxIdle || time.Since(p.idle[0].since) > stallWait) {
 		p.idle[0].Close()
 		p.idle = p.idle[1:]
 	}
-}
-
-// dial connects to host:port. Names are looked up here, and permit sees the
-// address that is really dialed.
-func dial(authority string, permit func(netip.Addr) error) (*conn, error) {
-	dialer := net.Dialer{
-		Timeout: dialWait,
-		Control: func(_, address string, _ syscall.RawConn) error {
-			to, err := netip.ParseAddrPort(address)
-			if err != nil {
-				return err
-			}
-			return permit(to.Addr().Unmap().WithZone(""))
-		},
-	}
-	nc, err := dialer.Dial("tcp", authority)
-	if err != nil {
-		return nil, err
-	}
-	return newConn(nc), nil
 }
 
 // alive reports whether an idle connection is open and the origin has said
@@ -599,9 +528,6 @@ func dial(authority string, permit func(netip.Addr) error) (*conn, error) {
 // costs 0.5 µs. Package syscall has no such call with the same types
 // everywhere, hence the type parameter; Windows can't be asked so.
 func alive[FD ~int | ~uintptr](c *conn, read func(FD, []byte) (int, error)) bool {
-	if os.PathSeparator == '\\' {
-		return true
-	}
 	raw, err := c.tcp().SyscallConn()
 	if err == nil {
 		raw.Read(func(fd uintptr) bool {
@@ -609,7 +535,25 @@ func alive[FD ~int | ~uintptr](c *conn, read func(FD, []byte) (int, error)) bool
 			return true
 		})
 	}
-	return err == syscall.EAGAIN
+	return err == syscall.EAGAIN || os.PathSeparator == '\\'
+}
+
+// dial connects to host:port. Names are looked up here, and permit sees the
+// address that is really dialed.
+func dial(authority string, permit func(netip.Addr) error) (*conn, error) {
+	dialer := net.Dialer{Timeout: dialWait}
+	dialer.Control = func(_, address string, _ syscall.RawConn) error {
+		to, err := netip.ParseAddrPort(address)
+		if err == nil {
+			err = permit(to.Addr().Unmap().WithZone(""))
+		}
+		return err
+	}
+	nc, err := dialer.Dial("tcp", authority)
+	if err != nil {
+		return nil, err
+	}
+	return newConn(nc), nil
 }
 
 // join makes a tunnel of two connections: bytes go both ways until both sides
@@ -631,7 +575,7 @@ func join(a, b *conn, guard func(func())) {
 // pipe carries what comes on one connection to the other, and after that the
 // news that no more comes.
 func pipe(to, from *conn) {
-	if err := writeBody(to, newBody(from, untilClose, -1), -1, false); err != nil {
+	if err := writeBody(to, newBody(from, untilClose), -1, false); err != nil {
 		to.Close()
 	} else {
 		to.tcp().CloseWrite()
@@ -655,9 +599,7 @@ type conn struct {
 func newConn(nc net.Conn) *conn {
 	c := &conn{Conn: nc, limit: stallWait}
 	c.in = bufio.NewReader(c)
-	if address, err := netip.ParseAddrPort(nc.RemoteAddr().String()); err == nil {
-		c.peer = address.Addr().Unmap().WithZone("")
-	}
+	c.peer = nc.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap().WithZone("")
 	return c
 }
 
@@ -667,11 +609,10 @@ func (c *conn) tcp() *net.TCPConn { return c.Conn.(*net.TCPConn) }
 // from now on. It does so only once in a sixteenth of that, as it costs 0.3 µs.
 func (c *conn) progress() {
 	now := time.Now()
-	if now.UnixNano() < c.moves.Load() {
-		return
+	if now.UnixNano() >= c.moves.Load() {
+		c.moves.Store(now.Add(c.limit / 16).UnixNano())
+		c.SetDeadline(now.Add(c.limit + c.limit/16))
 	}
-	c.moves.Store(now.Add(c.limit / 16).UnixNano())
-	c.SetDeadline(now.Add(c.limit + c.limit/16))
 }
 
 func (c *conn) Read(p []byte) (int, error) {
@@ -684,11 +625,11 @@ func (c *conn) Read(p []byte) (int, error) {
 
 // Write gathers what is small; a system call costs 5 µs.
 func (c *conn) Write(p []byte) (int, error) {
-	if len(c.out)+len(p) <= maxGathered {
-		c.out = append(c.out, p...)
-		return len(p), c.err
+	if len(c.out)+len(p) > maxGathered {
+		return len(p), c.send(p)
 	}
-	return len(p), c.send(p)
+	c.out = append(c.out, p...)
+	return len(p), c.err
 }
 
 // Flush sends what has been gathered.
@@ -710,29 +651,31 @@ func (c *conn) send(p []byte) error {
 	return c.err
 }
 
+// writeHead writes a first line, and fields from several headers.
+func (c *conn) writeHead(line string, headers ...Header) {
+	c.out = append(c.out, line+"\r\n"...)
+	for _, h := range headers {
+		c.out = h.appendTo(c.out)
+	}
+	c.out = append(c.out, "\r\n"...)
+}
+
 // awaitHead waits for the first byte of a head. From then on the head has to
-// be whole within headWait, however its bytes trickle in, until endHead.
+// be whole within headWait, however its bytes trickle in: progress does not
+// move that deadline.
 func (c *conn) awaitHead() error {
 	c.feeds = nil
-	_, err := c.in.Peek(1)
-	if os.IsTimeout(err) {
+	if _, err := c.in.Peek(1); os.IsTimeout(err) {
 		return err
-	}
-	if err != nil {
+	} else if err != nil {
 		return errSilent
 	}
 	buffered, _ := c.in.Peek(c.in.Buffered())
 	if !bytes.Contains(buffered, []byte("\r\n\r\n")) {
-		c.moves.Store(maxLength) // progress does not move this deadline
+		c.moves.Store(maxLength)
 		c.SetDeadline(time.Now().Add(headWait))
 	}
 	return nil
-}
-
-func (c *conn) endHead() {
-	if c.moves.Load() == maxLength {
-		c.moves.Store(0)
-	}
 }
 
 // closeGently lets the client read the last response first: a connection that
@@ -767,21 +710,13 @@ const (
 type lineReader struct {
 	in      *bufio.Reader
 	room    int  // bytes that lines may still take
-	strict  bool // refuse a line that ends in LF alone
 	tooLong int  // the status code when there is no room left
+	strict  bool // refuse a line that ends in LF alone
 	err     error
 }
 
-func newLineReader(in *bufio.Reader) *lineReader {
-	return &lineReader{in: in, room: maxHead, tooLong: 414}
-}
-
 // fail sets the error, unless there has been one before.
-func (r *lineReader) fail(err error) {
-	if r.err == nil {
-		r.err = err
-	}
-}
+func (r *lineReader) fail(err error) { r.err = cmp.Or(r.err, err) }
 
 // next reads a line, without its end. Control characters are refused, and so
 // is a bare CR: another program might see the end of a line there (RFC 9112
@@ -799,29 +734,26 @@ func (r *lineReader) next() string {
 	r.room -= len(line)
 	line, isLine := strings.CutSuffix(line, "\n")
 	line, isCRLF := strings.CutSuffix(line, "\r")
+	isControl := func(b byte) bool { return b < ' ' && b != '\t' || b == 0x7f }
 	switch {
 	case r.room < 0:
-		r.fail(errorf(r.tooLong, "more than %d bytes in front of the body", maxHead))
+		r.err = errorf(r.tooLong, "more than %d bytes in front of the body", maxHead)
 	case !isLine:
-		r.fail(err)
+		r.err = err
 	case r.strict && !isCRLF:
-		r.fail(badRequest("a line that does not end in CR LF: %+.200q", line))
-	case hasControl(line):
-		r.fail(badRequest("a control character in a line: %+.200q", line))
+		r.err = badRequest("a line that does not end in CR LF: %+.200q", line)
+	case slices.ContainsFunc([]byte(line), isControl):
+		r.err = badRequest("a control character in a line: %+.200q", line)
+	default:
+		return line
 	}
-	if r.err != nil {
-		return ""
-	}
-	return line
+	return ""
 }
 
 // header reads fields up to the empty line that ends them. A space before the
 // colon is removed from a response and refused in a request (RFC 9112 §5.1);
 // so is a line that continues the one before (§5.2), which begins with one.
 func (r *lineReader) header(response bool) Header {
-	if r.tooLong == 414 {
-		r.tooLong = 431 // the first line was short enough
-	}
 	header := make(Header, 0, 16)
 	for line := r.next(); line != ""; line = r.next() {
 		name, value, found := strings.Cut(line, ":")
@@ -851,8 +783,8 @@ func (req *Request) parseLine(line string) error {
 	return checkVersion(req.Proto)
 }
 
-// parseLine reads the first line of a response (RFC 9112 §4). 101 is refused,
-// as no Upgrade is passed on.
+// parseLine reads a status line (RFC 9112 §4). 101 is refused, as no Upgrade is
+// passed on.
 func (res *Response) parseLine(line string) error {
 	var code string
 	res.Proto, code, _ = strings.Cut(line, " ")
@@ -867,23 +799,22 @@ func (res *Response) parseLine(line string) error {
 
 // checkVersion accepts HTTP/1.0 and every later minor version of HTTP/1.
 func checkVersion(proto string) error {
-	if !strings.HasPrefix(proto, "HTTP/") {
+	switch {
+	case !strings.HasPrefix(proto, "HTTP/"):
 		return badRequest("not a version of HTTP: %+.200q", proto)
-	}
-	if len(proto) != len("HTTP/1.1") || proto < "HTTP/1.0" || proto > "HTTP/1.9" {
+	case len(proto) != len("HTTP/1.1"), proto < "HTTP/1.0", proto > "HTTP/1.9":
 		return errorf(505, "unknown version %+.200q", proto)
 	}
 	return nil
 }
 
 // parseTarget reads the request target in its four forms (RFC 9112 §3.2).
-func (req *Request) parseTarget() error {
-	var err error
-	switch target := req.Target; {
+func (req *Request) parseTarget() (err error) {
+	target := req.Target
+	switch {
 	case req.Method == "CONNECT":
 		req.URL.Authority, err = parseAuthority(target)
-		_, port, _ := net.SplitHostPort(req.URL.Authority)
-		if err == nil && !strings.HasSuffix(target, ":"+port) {
+		if err == nil && !hasPort.MatchString(target) {
 			err = badRequest("CONNECT without a port: %+.200q", target)
 		}
 	case target[0] == '/', target == "*" && req.Method == "OPTIONS":
@@ -900,43 +831,37 @@ func (req *Request) parseTarget() error {
 	return err
 }
 
+var hasPort = regexp.MustCompile(":[0-9]+$")
+
 // parseURL takes apart a URL without its scheme. The fragment is not for us
 // (RFC 9110 §7.1), and a password in front of the host is not sent anywhere:
-// wget, Java and others send both.
+// wget, Java and others send both. A backslash ends the host for some programs
+// and not for others.
 func parseURL(rest string) (URL, error) {
 	rest, _, _ = strings.Cut(rest, "#")
 	end := strings.IndexAny(rest+"/", "/?")
-	authority, path := rest[:end], rest[end:]
-	if strings.Contains(authority, `\`) {
-		// Where some programs see the end of the host, and others do not.
-		return URL{}, badRequest("a backslash in the host of a URL: %+.200q", authority)
-	}
-	if _, host, hasUser := strings.Cut(authority, "@"); hasUser {
-		authority = host
+	host, path := rest[:end], rest[end:]
+	if _, behind, found := strings.Cut(host, "@"); found && !strings.Contains(host, `\`) {
+		host = behind
 	}
 	if !strings.HasPrefix(path, "/") {
 		path = "/" + path
 	}
-	address, err := parseAuthority(authority)
-	return URL{address, path}, err
+	authority, err := parseAuthority(host)
+	return URL{authority, path}, err
 }
 
 // parseHost checks that the request names one host. Only HTTP/1.0 may name
 // none (RFC 9112 §3.2).
-func (req *Request) parseHost() error {
-	hosts := req.Header.Values("Host")
-	if len(hosts) == 0 && req.Proto == "HTTP/1.0" {
-		return nil
+func (req *Request) parseHost() (err error) {
+	hosts := req.Values("Host")
+	switch {
+	case len(hosts) == 0 && req.Proto == "HTTP/1.0":
+	case len(hosts) != 1 || hosts[0] == "":
+		err = badRequest("Host must name one host, not %+.200q", strings.Join(hosts, ", "))
+	default:
+		req.Host, err = parseAuthority(hosts[0])
 	}
-	if len(hosts) != 1 || hosts[0] == "" {
-		return badRequest("Host must name one host, not %+.200q", strings.Join(hosts, ", "))
-	}
-	if !req.Direct && hosts[0] == req.URL.Host() {
-		req.Host = req.URL.Authority // the usual case: checked already
-		return nil
-	}
-	var err error
-	req.Host, err = parseAuthority(hosts[0])
 	return err
 }
 
@@ -948,42 +873,35 @@ func parseAuthority(s string) (string, error) {
 		host, port, err = net.SplitHostPort(s + ":80")
 	}
 	number, noNumber := strconv.ParseUint(cmp.Or(port, "80"), 10, 16)
-	if cmp.Or(err, noNumber) != nil || number == 0 || strings.Trim(host, hostCharacters) != "" {
+	ip, _ := netip.ParseAddr(host)
+	if cmp.Or(err, noNumber) != nil || number == 0 || !isHost.MatchString(host) ||
+		ip.Is6() != strings.HasPrefix(s, "[") {
 		return "", badRequest("not a host with or without a port: %+.200q", s)
 	}
-	ip, noAddress := netip.ParseAddr(host)
-	isIPv6 := noAddress == nil && ip.Is6()
-	if host == "" || isIPv6 != strings.HasPrefix(s, "[") {
-		return "", badRequest("not a host with or without a port: %+.200q", s)
-	}
-	if isIPv6 {
+	if ip.Is6() {
 		host = ip.String()
 	}
 	return net.JoinHostPort(strings.ToLower(host), strconv.FormatUint(number, 10)), nil
 }
 
-// What names and addresses of hosts consist of.
-const hostCharacters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_:"
+// Names and addresses of hosts. What package netip takes for an address is one.
+var isHost = regexp.MustCompile("^[A-Za-z0-9._:-]+$")
 
 // findFraming decides where the body of a message ends, if it has one, in the
-// order of RFC 9112 §6.3. It also returns its length, -1 if nobody knows.
-func findFraming(proto string, h Header, response bool) (framing, int64, error) {
+// order of RFC 9112 §6.3.
+func findFraming(proto string, h Header, response bool) (framing, error) {
 	lengths := h.Values("Content-Length")
 	codings := h.Values("Transfer-Encoding")
-
-	// A request with both is how requests are smuggled (§11.2). In a response
-	// the coding counts.
-	if len(codings) > 0 && len(lengths) > 0 && !response {
-		return 0, 0, badRequest("both Transfer-Encoding and Content-Length")
-	}
 	coding := strings.Join(codings, ", ")
 	switch {
-	case len(codings) > 0 && equalFold(coding, "chunked") && proto != "HTTP/1.0":
-		return chunked, -1, nil
-	case len(codings) > 0 && response && isToken(coding) && !knownCoding.MatchString(coding):
-		return untilClose, -1, nil // passed on as it is
+	case len(codings) > 0 && len(lengths) > 0 && !response: // smuggling (§11.2)
+		return 0, badRequest("both Transfer-Encoding and Content-Length")
+	case equalFold(coding, "chunked") && proto != "HTTP/1.0":
+		return chunked, nil // in a response also beside a length
+	case response && isToken(coding) && !knownCoding.MatchString(coding):
+		return untilClose, nil // passed on as it is
 	case len(codings) > 0:
-		return 0, 0, errorf(501, "the transfer coding %+.200q in %s is not supported", coding, proto)
+		return 0, errorf(501, "the transfer coding %+.200q in %s is not supported", coding, proto)
 	}
 
 	// Several lengths are several opinions about where the next message
@@ -991,23 +909,20 @@ func findFraming(proto string, h Header, response bool) (framing, int64, error) 
 	if response {
 		lengths = slices.Compact(lengths)
 	}
-	if len(lengths) > 1 {
-		return 0, 0, badRequest("several lengths: %+.200q", strings.Join(lengths, ", "))
-	}
 	switch {
 	case len(lengths) == 0 && response:
-		return untilClose, -1, nil
+		return untilClose, nil
 	case len(lengths) == 0:
-		return byLength, 0, nil
+		return 0, nil
 	}
-	length, err := strconv.ParseUint(lengths[0], 10, 62)
-	if err != nil {
-		return 0, 0, badRequest("malformed Content-Length %+.200q", lengths[0])
+	n, err := strconv.ParseUint(lengths[0], 10, 62)
+	if err != nil || len(lengths) > 1 {
+		return 0, badRequest("malformed Content-Length %+.200q", strings.Join(lengths, ", "))
 	}
-	return byLength, int64(length), nil
+	return framing(n), nil
 }
 
-// Transfer codings that change a body in a known way, and all that look like it.
+// Transfer codings that change a body in a known way, and what looks like them.
 var knownCoding = regexp.MustCompile("(?i)chunk|gzip|deflate|compress|identity")
 
 // bodiless reports whether responses with a status never have a body
@@ -1018,20 +933,17 @@ func bodiless(status int) bool { return status < 200 || status == 204 || status 
 // open for another (RFC 9112 §9.3).
 func keepsAlive(proto string, h Header) bool {
 	options := append(h.Values("Connection"), h.Values("Proxy-Connection")...)
-	if containsFold(options, "close") {
-		return false
-	}
-	return proto != "HTTP/1.0" || containsFold(options, "keep-alive")
+	return !containsFold(options, "close") &&
+		(proto != "HTTP/1.0" || containsFold(options, "keep-alive"))
 }
 
 // authenticatesConnection reports whether a field with credentials or a
 // challenge shows a scheme that authenticates the whole connection.
 func authenticatesConnection(h Header, name string) bool {
-	return slices.ContainsFunc(h.Values(name), func(element string) bool {
-		scheme, _, _ := strings.Cut(element, " ")
-		return equalFold(scheme, "NTLM") || equalFold(scheme, "Negotiate")
-	})
+	return slices.ContainsFunc(h.Values(name), connectionScheme.MatchString)
 }
+
+var connectionScheme = regexp.MustCompile("(?i)^(NTLM|Negotiate)( |$)")
 
 // isInner reports whether an address leads to this machine itself, or to what
 // only its own link reaches: cloud providers answer with a machine's
@@ -1039,16 +951,6 @@ func authenticatesConnection(h Header, name string) bool {
 func isInner(ip netip.Addr) bool {
 	return ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() ||
 		ip == netip.MustParseAddr("fd00:ec2::254")
-}
-
-// statusText has the reason phrases of the responses that are made here.
-var statusText = map[int]string{
-	200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized",
-	403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-	407: "Proxy Authentication Required", 408: "Request Timeout", 414: "URI Too Long",
-	416: "Range Not Satisfiable", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
-	500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway", 504: "Gateway Timeout",
-	505: "HTTP Version Not Supported", 508: "Loop Detected",
 }
 
 // Host returns the authority as the Host field has it: without port 80.
@@ -1073,8 +975,7 @@ func (h Header) Has(name string) bool {
 
 // Values returns the elements of a list-valued field, from all its lines
 // (RFC 9110 §5.6.1). A comma in a quoted string does not separate.
-func (h Header) Values(name string) []string {
-	var elements []string
+func (h Header) Values(name string) (elements []string) {
 	for _, f := range h {
 		if equalFold(f.Name, name) {
 			elements = append(elements, splitList(f.Value, ",")...)
@@ -1084,8 +985,7 @@ func (h Header) Values(name string) []string {
 }
 
 // splitList splits a value at separators that are not in a quoted string.
-func splitList(value, separators string) []string {
-	var elements []string
+func splitList(value, separators string) (elements []string) {
 	start, quoted := 0, false
 	for i := 0; i < len(value); i++ {
 		switch {
@@ -1103,13 +1003,7 @@ func splitList(value, separators string) []string {
 
 // Without returns a copy of the header that lacks the named fields.
 func (h Header) Without(names ...string) Header {
-	kept := make(Header, 0, len(h)+2)
-	for _, f := range h {
-		if !containsFold(names, f.Name) {
-			kept = append(kept, f)
-		}
-	}
-	return kept
+	return slices.DeleteFunc(slices.Clone(h), func(f Field) bool { return containsFold(names, f.Name) })
 }
 
 // appendTo appends the fields to b, as they stand in a head.
@@ -1141,9 +1035,7 @@ func (h Header) endToEnd(without ...string) Header {
 			without = append(without, name)
 		}
 	}
-	leftOut := func(f Field) bool {
-		return containsFold(hopByHop, f.Name) || containsFold(without, f.Name)
-	}
+	leftOut := func(f Field) bool { return containsFold(hopByHop, f.Name) || containsFold(without, f.Name) }
 	if !slices.ContainsFunc(h, leftOut) {
 		return h
 	}
@@ -1163,6 +1055,14 @@ func isStatusError(err error) bool {
 	return errors.As(err, &told)
 }
 
+// statusText has the reason phrases of the responses that are made here.
+var statusText = map[int]string{200: "OK", 206: "Partial Content", 304: "Not Modified",
+	400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found",
+	405: "Method Not Allowed", 407: "Proxy Authentication Required", 408: "Request Timeout",
+	414: "URI Too Long", 416: "Range Not Satisfiable", 417: "Expectation Failed",
+	431: "Request Header Fields Too Large", 501: "Not Implemented", 502: "Bad Gateway",
+	504: "Gateway Timeout", 505: "HTTP Version Not Supported", 508: "Loop Detected"}
+
 // equalFold compares names whatever their case. Unlike strings.EqualFold it
 // does not take a Kelvin sign for a k.
 func equalFold(a, b string) bool { return len(a) == len(b) && strings.EqualFold(a, b) }
@@ -1170,15 +1070,6 @@ func equalFold(a, b string) bool { return len(a) == len(b) && strings.EqualFold(
 // containsFold reports whether a list has an element, whatever its case.
 func containsFold(list []string, s string) bool {
 	return slices.ContainsFunc(list, func(element string) bool { return equalFold(element, s) })
-}
-
-func hasControl(s string) bool {
-	for _, b := range []byte(s) {
-		if b < ' ' && b != '\t' || b == 0x7f {
-			return true
-		}
-	}
-	return false
 }
 
 // isToken reports whether s may be a method, or the name of a field (RFC 9110
