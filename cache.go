@@ -183,8 +183,9 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 		t.invalidateBy(res)
 	}
 	if body := t.store(d, res); body != nil {
-		if !validates { // the origin has looked at the condition
-			req.Header = req.Without("If-Modified-Since")
+		req.Header = t.req.Header
+		if !validates {
+			req.Header = req.Without("If-Modified-Since") // the origin has looked at that
 		}
 		tailor(res, &req, body)
 	}

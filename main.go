@@ -200,7 +200,7 @@ func (x *exchange) run(err error) (keep bool) {
 	}
 	defer x.res.Body.Close()
 	keep = keep && x.req.Body.consumed() && !x.closing.Load()
-	keep, err = writeResponse(x.client, x.req, x.res, keep, x.ownFields(x.res)...)
+	keep, err = writeResponse(x.client, x.req, x.res, keep)
 	x.aborted = err != nil
 	return keep && err == nil
 }
@@ -236,7 +236,7 @@ func (x *exchange) fetch(req *Request) (*Response, error) {
 	hops, err := strconv.ParseUint(req.Get("Max-Forwards"), 10, 62)
 	if req.Method == "OPTIONS" && err == nil {
 		if hops == 0 {
-			return page(x.now(), 200, "text/plain", ""), nil
+			return x.page(200, "text/plain", ""), nil
 		}
 		closer := *req
 		closer.Header = append(req.Without("Max-Forwards"), Field{"Max-Forwards", fmt.Sprint(hops - 1)})
@@ -244,7 +244,11 @@ func (x *exchange) fetch(req *Request) (*Response, error) {
 	}
 	res, status, err := x.store.roundTrip(req, x.ask)
 	x.status = status
-	return res, err
+	if err != nil {
+		return nil, err
+	}
+	res.Header = append(res.Header, viaField(res.Proto, x.origins.pseudonym), Field{"Cache-Status", status.String()})
+	return res, nil
 }
 
 // ask sends a request to its origin. A response without a valid date gets one
@@ -264,17 +268,9 @@ func (x *exchange) ask(req *Request) (*Response, error) {
 // passInterim passes on what comes before the final response.
 func (x *exchange) passInterim(res *Response) {
 	if x.req.Proto != "HTTP/1.0" {
-		res.Header = x.withoutCookies(res.Header)
-		writeResponse(x.client, x.req, res, true, viaField(res.Proto, x.origins.pseudonym))
+		res.Header = append(x.withoutCookies(res.Header), viaField(res.Proto, x.origins.pseudonym))
+		writeResponse(x.client, x.req, res, true)
 	}
-}
-
-// ownFields returns what we add to a response: nothing to a page of our own.
-func (x *exchange) ownFields(res *Response) []Field {
-	if res.Proto == "" {
-		return nil
-	}
-	return []Field{viaField(res.Proto, x.origins.pseudonym), {"Cache-Status", x.status.String()}}
 }
 
 // tunnel joins the client with the host that it names, until both have ended.
@@ -307,15 +303,10 @@ const (
 
 // page makes a response of our own. Its Cross-Origin-Resource-Policy keeps
 // pages elsewhere from using it as a script or an image.
-func page(now time.Time, status int, kind, text string, more ...Field) *Response {
-	h := Header{{"Content-Type", kind}, dateField(now), {"Cross-Origin-Resource-Policy", "same-origin"}}
-	return &Response{
-		Status: status,
-		Reason: statusText[status],
-		Header: append(h, more...),
-		Length: int64(len(text)),
-		Body:   io.NopCloser(strings.NewReader(text)),
-	}
+func (x *exchange) page(status int, kind, text string) *Response {
+	h := Header{{"Content-Type", kind}, dateField(x.now()), {"Cross-Origin-Resource-Policy", "same-origin"}}
+	return &Response{Status: status, Reason: statusText[status], Header: h,
+		Length: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
 }
 
 func dateField(t time.Time) Field { return Field{"Date", t.UTC().Format(dateFormat)} }
@@ -326,7 +317,7 @@ func (x *exchange) errorPage(err error) *Response {
 	told := &statusError{502, fmt.Sprintf("%s: %v", x.req.URL.Authority, err)}
 	var lookup *net.DNSError
 	switch {
-	case errors.As(err, &told):
+	case errors.As(err, &told): // which is now that
 	case errors.As(err, &lookup) && lookup.IsNotFound && x.req.Direct:
 		told = &statusError{404, "there is neither a file nor a host for " + x.req.Target}
 	case errors.As(err, &lookup) && lookup.IsNotFound:
@@ -334,14 +325,12 @@ func (x *exchange) errorPage(err error) *Response {
 	case os.IsTimeout(err):
 		told.code = 504
 	}
-	res := page(x.now(), told.code, "text/plain; charset=utf-8", told.text+"\n")
-	switch told.code {
-	case 401:
-		res.Header = append(res.Header, Field{"WWW-Authenticate", `Basic realm="proxy"`})
-	case 407:
-		res.Header = append(res.Header, Field{"Proxy-Authenticate", `Basic realm="proxy"`})
+	res := x.page(told.code, "text/plain; charset=utf-8", told.text+"\n")
+	challenge, asks := map[int]string{401: "WWW-Authenticate", 407: "Proxy-Authenticate"}[told.code]
+	if asks {
+		res.Header = append(res.Header, Field{challenge, `Basic realm="proxy"`})
 	}
-	if told.code == 401 || told.code == 403 || told.code == 407 {
+	if asks || told.code == 403 {
 		x.status.Outcome = denied
 	}
 	return res
@@ -357,17 +346,12 @@ func (x *exchange) admit() error {
 	if x.deny.hasAddress(ip) || !ip.IsLoopback() && !allowed {
 		return errorf(403, "clients at %s may not use this proxy", ip)
 	}
-	if x.auth != "" && x.req.Target != "/proxy.pac" { // a browser fetches that before it asks for a password
-		field, status := "Proxy-Authorization", 407
+	if !x.knowsPassword() {
+		status := 407
 		if x.req.Direct {
-			field, status = "Authorization", 401
+			status = 401
 		}
-		scheme, given, _ := strings.Cut(x.req.Get(field), " ")
-		given = strings.TrimLeft(given, " ")
-		right := subtle.ConstantTimeCompare([]byte(given), []byte(x.auth)) == 1
-		if !right || !equalFold(scheme, "Basic") {
-			return errorf(status, "this proxy needs a user name and a password")
-		}
+		return errorf(status, "this proxy needs a user name and a password")
 	}
 	for _, via := range x.req.Values("Via") {
 		if strings.HasSuffix(via, " "+x.origins.pseudonym) {
@@ -381,6 +365,19 @@ func (x *exchange) admit() error {
 		return errorf(405, "TRACE is not supported")
 	}
 	return x.mayName(x.req.URL)
+}
+
+// knowsPassword reports whether the request has the credentials of -auth, if
+// that is given. A browser fetches /proxy.pac before it asks for any.
+func (x *exchange) knowsPassword() bool {
+	field := "Proxy-Authorization"
+	if x.req.Direct {
+		field = "Authorization"
+	}
+	scheme, given, _ := strings.Cut(x.req.Get(field), " ")
+	given = strings.TrimLeft(given, " ")
+	right := subtle.ConstantTimeCompare([]byte(given), []byte(x.auth)) == 1
+	return x.auth == "" || x.req.Target == "/proxy.pac" || right && equalFold(scheme, "Basic")
 }
 
 // mayName refuses a blocked host before anything is looked up. A direct
@@ -427,17 +424,19 @@ func (x *exchange) answerAsServer() (*Response, error) {
 	get := x.req.Method == "GET" || x.req.Method == "HEAD"
 	switch {
 	case name == "*":
-		return page(x.now(), 200, "text/plain", ""), nil
+		return x.page(200, "text/plain", ""), nil
 	case name == "/" && get:
 		if x.auth == "" && !x.client.peer.IsLoopback() {
 			return nil, errorf(403, "without -auth this page is for this machine only")
 		}
-		return page(x.now(), 200, "text/html; charset=utf-8", x.journal.statusPage(x.store)), nil
+		return x.page(200, "text/html; charset=utf-8", x.journal.statusPage(x.store)), nil
 	case name == "/proxy.pac":
-		return page(x.now(), 200, "application/x-ns-proxy-autoconfig", fmt.Sprintf(pac, x.req.Host)), nil
+		return x.page(200, "application/x-ns-proxy-autoconfig", fmt.Sprintf(pac, x.req.Host)), nil
 	}
-	if res := x.localFile(name[1:]); get && res != nil {
-		return res, nil
+	if get {
+		if res := x.localFile(name[1:]); res != nil {
+			return res, nil
+		}
 	}
 	return x.fetchByPath()
 }
@@ -503,9 +502,8 @@ func (x *exchange) localFile(escaped string) *Response {
 	if err != nil {
 		return nil
 	}
-	kind := cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream")
-	changed := Field{"Last-Modified", info.ModTime().UTC().Format(dateFormat)}
-	res := page(x.now(), 200, kind, "", changed)
+	res := x.page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
+	res.Header = append(res.Header, Field{"Last-Modified", info.ModTime().UTC().Format(dateFormat)})
 	res.Length = info.Size()
 	tailor(res, x.req, fileContent{nil, file, 0})
 	return res

@@ -279,12 +279,12 @@ func (b *body) feeds(to flusher) { b.c.feeds = to }
 // A flusher sends at once what has been written to it.
 type flusher interface{ Flush() error }
 
-// writeResponse sends a client the answer to req: the head, with more fields
-// behind those of res, and then the body as it comes. It returns an error if
-// the client does not get all of it. It also reports whether another request
-// may follow on the connection, as the client has been told; keep says
-// whether the caller wants that.
-func writeResponse(c *conn, req *Request, res *Response, keep bool, more ...Field) (bool, error) {
+// writeResponse sends a client the answer to req: the head, and then the body
+// as it comes. It returns an error if the client does not get all of it. It
+// also reports whether another request may follow on the connection, as the
+// client has been told; keep says whether the caller wants that.
+func writeResponse(c *conn, req *Request, res *Response, keep bool) (bool, error) {
+	var more Header
 	old := req.Proto == "HTTP/1.0"
 	hasBody := req.Method != "HEAD" && !bodiless(res.Status)
 	unknown := hasBody && res.Length < 0
