@@ -361,9 +361,9 @@ func (t *transaction) open(k key) *Entry {
 	e.content = body
 	kept := *e
 	kept.hit = memoryHit
-	weight := e.weight + 1<<10
-	runtime.AddCleanup(&kept, func(weight int64) { t.inMemory.Add(-weight) }, weight)
-	full := t.inMemory.Add(weight) > maxMemory
+	c, weight := t.Cache, e.weight+1<<10
+	runtime.AddCleanup(&kept, func(weight int64) { c.inMemory.Add(-weight) }, weight)
+	full := c.inMemory.Add(weight) > maxMemory
 	t.Lock()
 	defer t.Unlock()
 	if full {
@@ -385,7 +385,7 @@ func (t *transaction) claim() (d *download, mine bool) {
 	if d != nil || t.version != t.Cache.version.Load() {
 		return d, false
 	}
-	d = &download{Cache: t.Cache, key: t.key, began: time.Now(), known: make(chan struct{})}
+	d = &download{Cache: t.Cache, key: t.key, began: time.Now(), known: make(chan struct{}), firstReads: true}
 	d.grew.L = d
 	t.downloads[t.key] = d
 	return d, true
@@ -496,7 +496,6 @@ func (t *transaction) store(d *download, res *Response) content {
 	t.Unlock()
 	body := d.join().content
 	body.(*follower).first = true
-	d.firstReads = true
 	close(d.known)
 	if res.Ready {
 		d.run() // a body that is here already, as most are, needs no goroutine
@@ -515,6 +514,7 @@ func (d *download) commit() error {
 		return errDropped
 	}
 	d.version.Add(1)
+	d.memory.Delete(d.key)
 	delete(d.unshared.counts, d.key)
 	d.Cache.size += d.file.written - d.replaces
 	if d.replaces == 0 {

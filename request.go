@@ -49,14 +49,14 @@ type Request struct {
 // A Response is an answer, wherever it comes from: an origin, the cache, or a
 // page of our own. What a client gets is built from it by writeResponse.
 type Response struct {
-	Proto  string
+	Proto  string // empty if it was made here
 	Status int
 	Reason string
 	Header
 	Length int64 // bytes of the body (for HEAD: of the one it would have), -1 if unknown
 	Body   io.ReadCloser
 	Ready  bool       // the whole body is here, and reading it does not wait
-	Origin netip.Addr // where it came from; not valid if it was made here
+	Origin netip.Addr // where it came from, if it has just come
 }
 
 // A URL is the part of an http URL that leads to a resource. It has neither
@@ -299,8 +299,12 @@ func writeResponse(c *conn, req *Request, res *Response, keep bool) (bool, error
 	} else if old {
 		more = append(more, Field{"Connection", "keep-alive"})
 	}
+	header := res.Header
+	if res.Proto != "" { // it is not a page of our own
+		header = res.endToEnd()
+	}
 	// The version is ours, not the one that the origin speaks (RFC 9110 §6.2).
-	c.writeHead("HTTP/1.1 "+strconv.Itoa(res.Status)+" "+res.Reason, res.endToEnd(), more)
+	c.writeHead("HTTP/1.1 "+strconv.Itoa(res.Status)+" "+res.Reason, header, more)
 	if !hasBody {
 		return keep, c.Flush()
 	}
