@@ -1085,8 +1085,11 @@ func notModified(req, stored Header) bool {
 		})
 	}
 	since := httpDate(req.Get("If-Modified-Since"))
+	if since.IsZero() {
+		return false
+	}
 	changed := httpDate(cmp.Or(stored.Get("Last-Modified"), stored.Get("Date")))
-	return !since.IsZero() && !changed.IsZero() && !changed.After(since)
+	return !changed.IsZero() && !changed.After(since)
 }
 
 var rangePattern = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
@@ -1126,6 +1129,9 @@ const dateFormat = "Mon, 02 Jan 2006 15:04:05 GMT"
 // httpDate reads a date in one of the three formats (RFC 9110 §5.6.7), strictly
 // but for case and the name of the day. What is none is the zero time.
 func httpDate(s string) time.Time {
+	if s == "" {
+		return time.Time{} // the usual case
+	}
 	s = strings.ToUpper(s[max(0, strings.IndexAny(s, ", ")):])
 	for _, layout := range []string{dateFormat[3:], ", 02-Jan-06 15:04:05 GMT", " Jan _2 15:04:05 2006"} {
 		t, err := time.Parse(layout, s)

@@ -340,7 +340,7 @@ func (x *exchange) errorPage(err error) *Response {
 func (x *exchange) admit() error {
 	ip := x.client.peer
 	allowed := x.allow.hasAddress(ip)
-	if x.allow == nil {
+	if !x.allow.given {
 		allowed = ip.IsPrivate() || ip.IsLinkLocalUnicast() // RFC 1918, RFC 4193
 	}
 	if x.deny.hasAddress(ip) || !ip.IsLoopback() && !allowed {
@@ -511,31 +511,35 @@ func (x *exchange) localFile(escaped string) *Response {
 
 // A config is the command line.
 type config struct {
-	address     string // to listen on
-	cache       CacheConfig
-	files       *os.Root // nil if no files are served
-	auth        string   // user:password in Base64, as clients send it; empty if none is needed
-	allow, deny *hostList
-	block       *hostList
-	now         func() time.Time
+	address string // to listen on
+	cache   CacheConfig
+	files   *os.Root // nil if no files are served
+	auth    string   // user:password in Base64, as clients send it; empty if none is needed
+	allow   hostList // clients
+	deny    hostList // clients
+	block   hostList // destinations
+	now     func() time.Time
 }
 
 // parseFlags reads the command line. Flags may stand before and after the
-// address. It prints what -h and -version ask for, and ends the program.
+// address. For -h and -version it prints what they ask for, and ends the
+// program.
 func parseFlags(args []string) (config, error) {
-	c := config{now: time.Now}
-	c.cache = CacheConfig{limit: 1 << 30, uses: 1, now: time.Now}
-	files := "."
+	c := config{now: time.Now, cache: CacheConfig{limit: 1 << 30, now: time.Now}}
 	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	flags.StringVar(&c.cache.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"), "`directory` of the cache")
-	flags.Func("size", "most `bytes` that it holds, as 500M or 10G (default 1G)", c.setSize)
-	flags.IntVar(&c.cache.uses, "uses", 1, "store a response from the `n`th GET for its URL within 10 minutes on")
-	flags.Func("ttl", "`how long` a response is fresh, at least, that does not tell, as 90s or 10m", c.setTTL)
-	flags.StringVar(&files, "files", files, "`directory` of files for direct requests, empty for none")
-	flags.Func("allow", "`clients` that may ask: a list of addresses and CIDRs, or @file", listFlag(&c.allow, false))
-	flags.Func("deny", "`clients` that may not: likewise", listFlag(&c.deny, false))
-	flags.Func("block", "`destinations` refused: hosts with all below them, addresses, CIDRs, or @file", listFlag(&c.block, true))
+	flags.StringVar(&c.cache.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"),
+		"`directory` of the cache")
+	flags.Func("size", "most `bytes` that the cache holds, as 500M or 10G (default 1G)", c.setSize)
+	flags.IntVar(&c.cache.uses, "uses", 1, "store a response from the `n`th request within 10 minutes on")
+	flags.Func("ttl", "`duration`, as 90s or 10m, for which a response is fresh, at least, that does not tell",
+		c.setTTL)
+	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
+	flags.Func("allow", "clients that may ask, beside this machine: a `list` of addresses and CIDRs, or @file",
+		c.allow.read)
+	flags.Func("deny", "clients that may not: a `list` of addresses and CIDRs, or @file", c.deny.read)
+	flags.Func("block", "destinations refused: a `list` of hosts with all below them, addresses and CIDRs, or @file",
+		c.block.read)
 	flags.Func("auth", "`user:password` that clients must give, or @file", c.setAuth)
 	version := flags.Bool("version", false, "print the version")
 
@@ -547,43 +551,45 @@ func parseFlags(args []string) (config, error) {
 		c.address = flags.Arg(0)
 		err = flags.Parse(flags.Args()[1:])
 	}
-	if err == flag.ErrHelp {
+	switch {
+	case err == flag.ErrHelp:
 		fmt.Println("usage: proxy [flags] [port | host:port]")
 		flags.SetOutput(os.Stdout)
 		flags.PrintDefaults()
 		os.Exit(0)
-	}
-	if *version {
+	case err != nil:
+		return c, err
+	case *version:
 		info, _ := debug.ReadBuildInfo()
 		fmt.Println("proxy", info.Main.Version, info.GoVersion)
 		os.Exit(0)
 	}
-	if err == nil {
-		err = c.complete(files)
-	}
-	return c, err
+	return c, c.complete(*files)
 }
 
-// complete checks what several flags and the address say together.
+// complete checks the command line as a whole. A bare port is one of this
+// machine only.
 func (c *config) complete(files string) error {
 	if strings.Trim(c.address, "0123456789") == "" {
 		c.address = "127.0.0.1:" + cmp.Or(c.address, "8899")
 	}
 	_, port, err := net.SplitHostPort(c.address)
-	if _, noPort := strconv.ParseUint(port, 10, 16); cmp.Or(err, noPort) != nil {
+	_, noPort := strconv.ParseUint(port, 10, 16)
+	switch {
+	case cmp.Or(err, noPort) != nil:
 		return fmt.Errorf("neither a port nor host:port: %q", c.address)
-	}
-	if c.cache.dir == "" {
+	case c.cache.dir == "":
 		return errors.New("-cache must name a directory")
-	}
-	if c.cache.uses < 1 {
+	case c.cache.uses < 1:
 		return errors.New("-uses must be at least 1")
+	case len(c.allow.names)+len(c.deny.names) > 0:
+		return errors.New("-allow and -deny take addresses and CIDRs, not names")
+	case files == "":
+		return nil
 	}
-	if files != "" {
-		c.files, err = os.OpenRoot(files)
-		if err != nil {
-			return fmt.Errorf("-files: %w", err)
-		}
+	c.files, err = os.OpenRoot(files)
+	if err != nil {
+		return fmt.Errorf("-files: %w", err)
 	}
 	return nil
 }
@@ -619,8 +625,8 @@ func (c *config) setAuth(s string) error {
 	return nil
 }
 
-// linesOf returns what a flag says: the text itself or, of @file, the lines of
-// that but for empty ones and comments.
+// linesOf returns the text of a flag or, if that is @file, the lines of the
+// file but for empty ones and comments.
 func linesOf(s string) ([]string, error) {
 	file, isFile := strings.CutPrefix(s, "@")
 	if !isFile {
@@ -638,38 +644,35 @@ func linesOf(s string) ([]string, error) {
 }
 
 // A hostList has addresses and networks, and names with all that is below
-// them. A nil one is empty.
+// them.
 type hostList struct {
+	given    bool // on the command line, though perhaps empty
 	networks []netip.Prefix
 	names    map[string]bool
 }
 
-// listFlag returns what reads one use of a flag into a list.
-func listFlag(list **hostList, names bool) func(string) error {
-	return func(s string) error {
-		if *list == nil {
-			*list = &hostList{names: map[string]bool{}}
-		}
-		lines, err := linesOf(s)
-		if err != nil {
+// read adds what one use of a flag says: entries with commas or white space
+// between them, or @file.
+func (l *hostList) read(s string) error {
+	l.given = true
+	lines, err := linesOf(s)
+	if err != nil {
+		return err
+	}
+	separates := func(c rune) bool { return c <= ' ' || c == ',' }
+	for _, entry := range strings.FieldsFunc(strings.Join(lines, ","), separates) {
+		if err := l.add(entry); err != nil {
 			return err
 		}
-		for _, line := range lines {
-			for _, entry := range strings.FieldsFunc(line, func(r rune) bool { return r <= ' ' || r == ',' }) {
-				if err := (*list).add(entry, names); err != nil {
-					return err
-				}
-			}
-		}
-		return nil
 	}
+	return nil
 }
 
-func (l *hostList) add(entry string, names bool) error {
+// add adds an entry. Requests are compared with it in their one spelling, so
+// IPv4 addresses are unmapped, and names are in lower case.
+func (l *hostList) add(entry string) error {
 	if ip, err := netip.ParseAddr(strings.Trim(entry, "[]")); err == nil {
-		ip = ip.Unmap().WithZone("")
-		l.networks = append(l.networks, netip.PrefixFrom(ip, ip.BitLen()))
-		return nil
+		entry = fmt.Sprintf("%s/%d", ip.Unmap().WithZone(""), ip.Unmap().BitLen())
 	}
 	if network, err := netip.ParsePrefix(entry); err == nil {
 		if network.Addr().Is4In6() {
@@ -678,24 +681,25 @@ func (l *hostList) add(entry string, names bool) error {
 		l.networks = append(l.networks, network)
 		return nil
 	}
-	name := strings.Trim(entry, ".")
-	authority, err := parseAuthority(name)
-	if !names || err != nil || strings.Contains(name, ":") {
-		return fmt.Errorf("%q is none of what it may list", entry)
+	authority, err := parseAuthority(strings.Trim(entry, "."))
+	name, isName := strings.CutSuffix(authority, ":80")
+	if err != nil || !isName || strings.Contains(entry, ":") {
+		return fmt.Errorf("%q is neither a host nor an address nor a CIDR", entry)
 	}
-	l.names[strings.TrimSuffix(authority, ":80")] = true
+	if l.names == nil {
+		l.names = map[string]bool{}
+	}
+	l.names[name] = true
 	return nil
 }
 
+// hasAddress reports whether an address is in one of the networks.
 func (l *hostList) hasAddress(ip netip.Addr) bool {
-	return l != nil && slices.ContainsFunc(l.networks, func(n netip.Prefix) bool { return n.Contains(ip) })
+	return slices.ContainsFunc(l.networks, func(n netip.Prefix) bool { return n.Contains(ip) })
 }
 
 // hasHost reports whether the list has a name, or one that this is below.
 func (l *hostList) hasHost(host string) bool {
-	if l == nil {
-		return false
-	}
 	for name := strings.TrimRight(host, "."); name != ""; _, name, _ = strings.Cut(name, ".") {
 		if l.names[name] {
 			return true

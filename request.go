@@ -863,6 +863,8 @@ func (req *Request) parseHost() (err error) {
 	case len(hosts) == 0 && req.Proto == "HTTP/1.0":
 	case len(hosts) != 1 || hosts[0] == "":
 		err = badRequest("Host must name one host, not %+.200q", strings.Join(hosts, ", "))
+	case hosts[0] == req.URL.Host(): // the usual case
+		req.Host = req.URL.Authority
 	default:
 		req.Host, err = parseAuthority(hosts[0])
 	}
@@ -878,8 +880,8 @@ func parseAuthority(s string) (string, error) {
 	}
 	number, noNumber := strconv.ParseUint(cmp.Or(port, "80"), 10, 16)
 	ip, _ := netip.ParseAddr(host)
-	if cmp.Or(err, noNumber) != nil || number == 0 || !isHost.MatchString(host) ||
-		ip.Is6() != strings.HasPrefix(s, "[") {
+	if cmp.Or(err, noNumber) != nil || number == 0 || host == "" ||
+		strings.Trim(host, hostCharacters) != "" || ip.Is6() != strings.HasPrefix(s, "[") {
 		return "", badRequest("not a host with or without a port: %+.200q", s)
 	}
 	if ip.Is6() {
@@ -888,8 +890,8 @@ func parseAuthority(s string) (string, error) {
 	return net.JoinHostPort(strings.ToLower(host), strconv.FormatUint(number, 10)), nil
 }
 
-// Names and addresses of hosts. What package netip takes for an address is one.
-var isHost = regexp.MustCompile("^[A-Za-z0-9._:-]+$")
+// What names and addresses of hosts consist of.
+const hostCharacters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-_:"
 
 // findFraming decides where the body of a message ends, if it has one, in the
 // order of RFC 9112 §6.3.
