@@ -101,7 +101,7 @@ func (t *transaction) answer() (*Response, error) {
 	switch {
 	case t.req.Method != "GET" && t.req.Method != "HEAD":
 		return t.forward(nil, "method")
-	case t.req.Body.framing != 0, h.Has("If-Match"), h.Has("If-Unmodified-Since"),
+	case t.req.hasBody(), h.Has("If-Match"), h.Has("If-Unmodified-Since"),
 		len(h.Values("Range")) > 1:
 		return t.forward(nil, "bypass")
 	}
@@ -385,7 +385,8 @@ func (t *transaction) claim() (d *download, mine bool) {
 	if d != nil || t.version != t.Cache.version.Load() {
 		return d, false
 	}
-	d = &download{Cache: t.Cache, key: t.key, began: time.Now(), known: make(chan struct{}), firstReads: true}
+	d = &download{Cache: t.Cache, key: t.key, began: time.Now(), firstReads: true}
+	d.known = make(chan struct{})
 	d.grew.L = d
 	t.downloads[t.key] = d
 	return d, true
@@ -562,9 +563,14 @@ func (c *Cache) trouble(err error) {
 	}
 }
 
-// A download is a response on its way into the store. Every client, also the
-// one who caused it, reads the file as it grows, at its own pace: there is
-// none on whom the others depend.
+// A download is a response on its way into the store. It begins as the claim
+// of the one who asks the origin, and has an entry once it is known that there
+// is something to store. Every client, also the one who caused it, reads the
+// file as it grows, at its own pace: there is none on whom the others depend.
+//
+// What ends too early is seen as a cut by every client, and is not stored. What
+// ends well is in its place before any client has the last byte, so whoever
+// has the answer finds the entry.
 type download struct {
 	*Cache
 	key      key
@@ -757,11 +763,13 @@ func (f *follower) Close() error {
 	defer f.Unlock()
 	f.readers--
 	f.firstReads = f.firstReads && !f.first
-	switch left := f.entry.Length - f.size; {
-	case f.err != nil && f.first && f.file.full, f.err == nil && f.readers == 0 && (left < 0 || left > maxUnread):
-		f.body.Close()
+	over := f.err != nil
+	left := f.entry.Length - f.size // negative if nobody knows
+	switch unread := f.readers == 0; {
+	case over && f.first && f.file.full, !over && unread && (left < 0 || left > maxUnread):
+		f.body.Close() // readOn is done with it, or run is to end
 	}
-	if f.err != nil && f.readers == 0 {
+	if over && f.readers == 0 {
 		f.file.Close()
 	}
 	return nil
@@ -803,7 +811,11 @@ func (o outcome) isHit() bool { return o == fileHit || o == memoryHit || o == no
 // answer is not stored (§2.8).
 type reason string
 
-// A CacheStatus tells a client how its request was answered (RFC 9211).
+// A CacheStatus tells a client how its request was answered (RFC 9211), as in
+//
+//	proxy; hit; ttl=376
+//	proxy; fwd=uri-miss; fwd-status=200; stored
+//	proxy; fwd=stale; fwd-status=200; detail=no-store
 type CacheStatus struct {
 	Outcome       outcome
 	TTL           time.Duration // of a hit: for how long it is still fresh
@@ -839,11 +851,12 @@ func (s CacheStatus) String() string {
 // origins write a semicolon between them.
 func cacheControl(h Header) (directives Header) {
 	for _, f := range h {
-		if equalFold(f.Name, "Cache-Control") {
-			for _, directive := range splitList(f.Value, ",;") {
-				name, argument, _ := strings.Cut(directive, "=")
-				directives = append(directives, Field{strings.ToLower(name), strings.Trim(argument, `"`)})
-			}
+		if !equalFold(f.Name, "Cache-Control") {
+			continue
+		}
+		for _, directive := range splitList(f.Value, ",;") {
+			name, argument, _ := strings.Cut(directive, "=")
+			directives = append(directives, Field{strings.ToLower(name), strings.Trim(argument, `"`)})
 		}
 	}
 	return directives
@@ -865,7 +878,12 @@ func wantsReload(h Header) bool {
 }
 
 // storable reports whether a shared cache may store the response to a request
-// (RFC 9111 §3), and whether that is of use, or else why not.
+// (RFC 9111 §3), and whether that is of use, or else why not. It looks at the
+// header as it was received: Connection can't hide a field from it.
+//
+// A response that sets a cookie is never stored, even where it is allowed to
+// be: behind one address nobody can tell two people apart. What concerns only
+// some fields by no-cache="..." or private="..." counts for the whole (§5.2.2).
 func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
 	h := res.Header
 	directives := cacheControl(h)
@@ -1133,7 +1151,8 @@ func httpDate(s string) time.Time {
 		return time.Time{} // the usual case
 	}
 	s = strings.ToUpper(s[max(0, strings.IndexAny(s, ", ")):])
-	for _, layout := range []string{dateFormat[3:], ", 02-Jan-06 15:04:05 GMT", " Jan _2 15:04:05 2006"} {
+	for _, layout := range []string{
+		dateFormat[3:], ", 02-Jan-06 15:04:05 GMT", " Jan _2 15:04:05 2006"} {
 		t, err := time.Parse(layout, s)
 		if err == nil && strings.EqualFold(t.Format(layout), s) {
 			return t
@@ -1170,7 +1189,8 @@ const plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
 // on Windows. What is too long is cut, and ends in a hash.
 func fileName(k key) string {
 	stem, _, _ := strings.Cut(k.url, ".")
-	device := containsFold([]string{"con", "prn", "aux", "nul", "com", "lpt"}, strings.TrimRight(stem, "0123456789"))
+	stem = strings.TrimRight(stem, "0123456789")
+	device := containsFold([]string{"con", "prn", "aux", "nul", "com", "lpt"}, stem)
 	name := make([]byte, 0, len(k.url)+20)
 	for i, b := range []byte(k.url) {
 		atEnd := i == 0 || i == len(k.url)-1
@@ -1189,6 +1209,20 @@ func fileName(k key) string {
 	return string(name) + k.variant
 }
 
+// A file is a transcript. This one has been filled in when the body was whole:
+//
+//	GET http://example.com/logo.png HTTP/1.1
+//	Date: Sun, 22 Nov 2026 06:00:00 GMT         when we asked
+//	accept-encoding: gzip                       what Vary selects by
+//	Generation: 4ZGEW2TQ...                     see lookup
+//
+//	HTTP/1.1 200 OK
+//	Content-Type: image/png
+//	Vary: Accept-Encoding
+//	Content-Length:                 4711
+//
+//	...the body...
+//
 // lengthFormat leaves room for a length that is not known yet. It stands last
 // in the head.
 const lengthFormat = "%20d"

@@ -2,14 +2,25 @@
 //
 //	proxy [flags] [port | host:port]
 //
-// A bare port, 8899 if none is given, is open to this machine only, and
-// ":8899" to the network; proxy -h lists the flags. Each request is logged to
-// stdout in Squid's native format; what the operator should know goes to
-// stderr.
+// A bare port, 8899 if none is given, is open to this machine only; ":8899" is
+// open to this machine and to private networks. HTTPS is tunnelled and never
+// cached. proxy -h lists the flags.
+//
+// Each request is logged to stdout in Squid's native format: the time, how many
+// milliseconds it took, the client, how it was answered with which status, the
+// bytes sent, the method, the URL, the origin that was asked, and the type of
+// what came:
+//
+//	1795817637.123     23 127.0.0.1 TCP_MISS/200 8924 GET http://a.example/x.png
+//	- HIER_DIRECT/192.0.2.1 image/png
+//
+// What the operator should know goes to stderr. The exit status is 0 after a
+// clean stop, 2 for a wrong command line, and 1 if the program can't start or
+// is told a second time to stop.
 //
 // This file is the program: it listens, decides who may ask, lives the life of
-// each request (answer), and keeps the log. Start there, and go on with
-// request.go, HTTP on a connection, and cache.go, the store and its rules.
+// each request (answer), and keeps the log. Start there. Go on with request.go,
+// HTTP on a connection, and then with cache.go, the store and its rules.
 package main
 
 import (
@@ -96,7 +107,9 @@ func run(config config) error {
 	return nil
 }
 
-// A proxy is the parts of the program, wired together.
+// A proxy is the parts of the program, wired together. What the parts have to
+// know of each other is handed to them here: the cache has no log, and the pool
+// of origins no flags.
 type proxy struct {
 	config
 	port    int // that it listens on
@@ -107,6 +120,10 @@ type proxy struct {
 	closing atomic.Bool  // no connection is kept any more
 }
 
+// newProxy makes a proxy that listens on an address and logs to a writer. If
+// that address is not a loopback address, the proxy is open to the network: then
+// nothing that comes from this machine's inner addresses is kept, neither in
+// the cache nor as an idle connection, and only its own clients get it.
 func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) {
 	listen := address.(*net.TCPAddr).AddrPort()
 	local := listen.Addr().Unmap().IsLoopback()
@@ -116,7 +133,7 @@ func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) 
 	store, err := newCache(config.cache)
 	p := &proxy{config: config, port: int(listen.Port()), store: store}
 	pseudonym := "proxy-" + strings.ToLower(rand.Text()[:6])
-	p.origins = &originPool{pseudonym: pseudonym, keepInner: local, guard: guard}
+	p.origins = newOriginPool(pseudonym, local, guard)
 	p.journal.begun = p.now()
 	p.journal.to = logTo
 	p.journal.out = bufio.NewWriterSize(logTo, 64<<10)
@@ -134,7 +151,8 @@ func guard(work func()) {
 	work()
 }
 
-// serve accepts connections until the listener is closed.
+// serve accepts connections until the listener is closed. Beside that it writes
+// the log out ten times a second, and counts what is in the cache once.
 func (p *proxy) serve(listener net.Listener) {
 	go guard(func() {
 		for ; ; time.Sleep(100 * time.Millisecond) {
@@ -247,7 +265,7 @@ func (x *exchange) fetch(req *Request) (*Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	res.Header = append(res.Header, viaField(res.Proto, x.origins.pseudonym), Field{"Cache-Status", status.String()})
+	res.Header = append(res.Header, x.origins.via(res.Proto), Field{"Cache-Status", status.String()})
 	return res, nil
 }
 
@@ -268,7 +286,7 @@ func (x *exchange) ask(req *Request) (*Response, error) {
 // passInterim passes on what comes before the final response.
 func (x *exchange) passInterim(res *Response) {
 	if x.req.Proto != "HTTP/1.0" {
-		res.Header = append(x.withoutCookies(res.Header), viaField(res.Proto, x.origins.pseudonym))
+		res.Header = append(x.withoutCookies(res.Header), x.origins.via(res.Proto))
 		writeResponse(x.client, x.req, res, true)
 	}
 }
@@ -304,7 +322,8 @@ const (
 // page makes a response of our own. Its Cross-Origin-Resource-Policy keeps
 // pages elsewhere from using it as a script or an image.
 func (x *exchange) page(status int, kind, text string) *Response {
-	h := Header{{"Content-Type", kind}, dateField(x.now()), {"Cross-Origin-Resource-Policy", "same-origin"}}
+	h := Header{dateField(x.now()), {"Content-Type", kind},
+		{"Cross-Origin-Resource-Policy", "same-origin"}}
 	return &Response{Status: status, Reason: statusText[status], Header: h,
 		Length: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
 }
@@ -353,10 +372,8 @@ func (x *exchange) admit() error {
 		}
 		return errorf(status, "this proxy needs a user name and a password")
 	}
-	for _, via := range x.req.Values("Via") {
-		if strings.HasSuffix(via, " "+x.origins.pseudonym) {
-			return errorf(508, "this request has been here before")
-		}
+	if x.origins.hasSent(x.req) {
+		return errorf(508, "this request has been here before")
 	}
 	if expect := x.req.Get("Expect"); expect != "" && !equalFold(expect, "100-continue") {
 		return errorf(417, "nothing is known of the expectation %+.200q", expect)
@@ -531,14 +548,14 @@ func parseFlags(args []string) (config, error) {
 	flags.StringVar(&c.cache.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"),
 		"`directory` of the cache")
 	flags.Func("size", "most `bytes` that the cache holds, as 500M or 10G (default 1G)", c.setSize)
-	flags.IntVar(&c.cache.uses, "uses", 1, "store a response from the `n`th request within 10 minutes on")
-	flags.Func("ttl", "`duration`, as 90s or 10m, for which a response is fresh, at least, that does not tell",
+	flags.IntVar(&c.cache.uses, "uses", 1, "store a response from the `n`th request in 10 minutes on")
+	flags.Func("ttl", "`duration`, as 10m, for which a response is fresh, at least, that does not tell",
 		c.setTTL)
 	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
-	flags.Func("allow", "clients that may ask, beside this machine: a `list` of addresses and CIDRs, or @file",
+	flags.Func("allow", "`list` of clients that may ask, beside this machine: addresses, CIDRs, or @file",
 		c.allow.read)
-	flags.Func("deny", "clients that may not: a `list` of addresses and CIDRs, or @file", c.deny.read)
-	flags.Func("block", "destinations refused: a `list` of hosts with all below them, addresses and CIDRs, or @file",
+	flags.Func("deny", "`list` of clients that may not ask: addresses, CIDRs, or @file", c.deny.read)
+	flags.Func("block", "`list` of destinations refused: hosts and all below them, addresses, CIDRs, or @file",
 		c.block.read)
 	flags.Func("auth", "`user:password` that clients must give, or @file", c.setAuth)
 	version := flags.Bool("version", false, "print the version")
@@ -708,7 +725,8 @@ func (l *hostList) hasHost(host string) bool {
 	return false
 }
 
-// A journal is the access log, and what the status page tells of it.
+// A journal is the access log, and what the status page tells of it. The page
+// is made from the latest lines of the log itself, so both say the same.
 type journal struct {
 	begun time.Time
 	to    io.Writer
@@ -780,7 +798,8 @@ func (x *exchange) subject() string {
 	return "error:invalid-request"
 }
 
-// printable escapes what could be taken for another field or line of the log.
+// printable makes one field of the log of what a client or an origin has sent.
+// It escapes what could be taken for another field or line of the log.
 func printable(s string) string {
 	strange := func(c rune) bool { return c <= ' ' || c > '~' || c == '"' }
 	if s == "" {
@@ -807,8 +826,10 @@ func (j *journal) flush() string {
 	defer j.Unlock()
 	j.out.Flush()
 	j.out.Reset(j.to)
-	return fmt.Sprintf("%d requests, %d%% of them hits, %d tunnels, %d errors; %.1f MiB sent, %.1f MiB of it saved",
-		j.requests, j.hits*100/max(1, j.requests), j.tunnels, j.errors, mebibytes(j.sent), mebibytes(j.saved))
+	share := j.hits * 100 / max(1, j.requests)
+	return fmt.Sprintf("%d requests, %d%% of them answered from the cache, %d tunnels, %d errors; "+
+		"%.1f MiB sent, %.1f MiB of them from the cache",
+		j.requests, share, j.tunnels, j.errors, mebibytes(j.sent), mebibytes(j.saved))
 }
 
 func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }

@@ -103,6 +103,9 @@ func readRequest(c *conn) (*Request, error) {
 	return req, req.Body.checkFirstChunk()
 }
 
+// hasBody reports whether a body follows the head.
+func (req *Request) hasBody() bool { return req.Body.framing != 0 }
+
 // readResponse reads the head of a response to a method and finds out where
 // its body ends. Its errors are about the origin: the caller says which.
 func readResponse(c *conn, method string) (*Response, *body, error) {
@@ -356,8 +359,8 @@ func (w chunkWriter) Write(p []byte) (int, error) {
 }
 
 // writeRequest writes the head of a request as its origin is to see it.
-func writeRequest(c *conn, req *Request, pseudonym string) error {
-	more := Header{viaField(req.Proto, pseudonym)}
+func writeRequest(c *conn, req *Request, via Field) error {
+	more := Header{via}
 	if req.Body.framing == chunked {
 		more = append(more, Field{"Transfer-Encoding", "chunked"})
 	} else if req.Has("Content-Length") || req.Has("Transfer-Encoding") {
@@ -366,11 +369,6 @@ func writeRequest(c *conn, req *Request, pseudonym string) error {
 	c.writeHead(req.Method+" "+req.URL.Path+" HTTP/1.1",
 		Header{{"Host", req.URL.Host()}}, req.endToEnd("Host"), more)
 	return c.Flush()
-}
-
-// viaField is what a proxy called pseudonym adds to a message (RFC 9110 §7.6.3).
-func viaField(proto, pseudonym string) Field {
-	return Field{"Via", strings.TrimPrefix(proto, "HTTP/") + " " + pseudonym}
 }
 
 // An originPool asks origins, and keeps idle connections to them.
@@ -387,6 +385,22 @@ type idleConn struct {
 	*conn
 	authority string
 	since     time.Time
+}
+
+func newOriginPool(pseudonym string, keepInner bool, guard func(func())) *originPool {
+	return &originPool{pseudonym: pseudonym, keepInner: keepInner, guard: guard}
+}
+
+// via returns what we add to a message (RFC 9110 §7.6.3).
+func (p *originPool) via(proto string) Field {
+	return Field{"Via", strings.TrimPrefix(proto, "HTTP/") + " " + p.pseudonym}
+}
+
+// hasSent reports whether a request has come from here before.
+func (p *originPool) hasSent(req *Request) bool {
+	return slices.ContainsFunc(req.Values("Via"), func(via string) bool {
+		return strings.HasSuffix(via, " "+p.pseudonym)
+	})
 }
 
 // roundTrip sends a request to its origin and returns the final response, of
@@ -416,7 +430,7 @@ func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
 // ask sends a request on a connection to its origin, and reads the head of
 // the final response. If that fails it closes the connection.
 func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Response, error) {
-	unsent := writeRequest(c, req, p.pseudonym)
+	unsent := writeRequest(c, req, p.via(req.Proto))
 	if unsent == nil && !req.Body.whole.Load() {
 		p.startUpload(c, req.Body)
 	}
@@ -1041,7 +1055,9 @@ func (h Header) endToEnd(without ...string) Header {
 			without = append(without, name)
 		}
 	}
-	leftOut := func(f Field) bool { return containsFold(hopByHop, f.Name) || containsFold(without, f.Name) }
+	leftOut := func(f Field) bool {
+		return containsFold(hopByHop, f.Name) || containsFold(without, f.Name)
+	}
 	if !slices.ContainsFunc(h, leftOut) {
 		return h
 	}
