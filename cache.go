@@ -695,8 +695,11 @@ type follower struct {
 	rest     io.Reader // what the file did not take
 }
 
+// feeds names the client, which is flushed whenever the reader has to wait: it
+// must not wait for what is here already.
 func (f *follower) feeds(to flusher) { f.to = to }
 
+// section begins to read at off. Where n is -1 it goes on to the end.
 func (f *follower) section(off, n int64) io.ReadCloser {
 	f.off, f.end = off, off+n
 	if n < 0 {
@@ -705,6 +708,8 @@ func (f *follower) section(off, n int64) io.ReadCloser {
 	return f
 }
 
+// Read reads from the file what has been written to it. It waits if that is
+// nothing yet.
 func (f *follower) Read(p []byte) (int, error) {
 	p = p[:min(int64(len(p)), f.end-f.off)]
 	if len(p) == 0 {
@@ -726,7 +731,7 @@ func (f *follower) Read(p []byte) (int, error) {
 }
 
 // await waits for bytes, and returns how many there are, or why there are no
-// more. The client must not wait for what is here already.
+// more.
 func (f *follower) await() (int64, error) {
 	f.Lock()
 	defer f.Unlock()
@@ -826,6 +831,7 @@ type CacheStatus struct {
 	Detail        reason // why it is not stored
 }
 
+// String returns the value of the field Cache-Status.
 func (s CacheStatus) String() string {
 	if s.Outcome.isHit() && !s.Collapsed {
 		return fmt.Sprintf("proxy; hit; ttl=%d", s.TTL/time.Second)
@@ -927,6 +933,8 @@ func isHeuristic(status int) bool {
 	return slices.Contains([]int{200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501}, status)
 }
 
+// isSafe reports whether a method changes nothing on the origin (RFC 9110
+// §9.2.1; RFC 4918 and RFC 3253 for those of WebDAV).
 func isSafe(method string) bool {
 	return slices.Contains([]string{"GET", "HEAD", "OPTIONS", "PROPFIND", "REPORT", "SEARCH"}, method)
 }
@@ -1030,10 +1038,14 @@ func selectingFields(stored, req Header) (selecting Header) {
 	return selecting
 }
 
+// selectedBy reports whether a request selects this one among the variants of
+// its URL.
 func (e *Entry) selectedBy(req Header) bool {
 	return slices.Equal(selectingFields(e.Header, e.request), selectingFields(e.Header, req))
 }
 
+// hasValidator reports whether an origin can be asked if what has such a header
+// is still good (RFC 9110 §8.8).
 func hasValidator(h Header) bool { return h.Has("ETag") || h.Has("Last-Modified") }
 
 // withValidators returns the header of a request that asks whether what is
@@ -1296,24 +1308,16 @@ func readEntry(root *os.Root, name string) *Entry {
 	if err != nil {
 		return nil
 	}
-	const room = 4 * maxHead
-	var req Request
-	e := &Entry{weight: info.Size(), used: info.ModTime(), hit: fileHit}
-	lines := lineReader{in: bufio.NewReader(file), room: room}
-	lines.fail(req.parseLine(lines.next()))
-	e.url = strings.TrimPrefix(req.Target, "http://")
-	e.request = lines.header(false)
-	lines.fail(e.parseLine(lines.next()))
-	e.Header = lines.header(false)
-	e.Length, err = strconv.ParseInt(e.Get("Content-Length"), 10, 64)
-	start := int64(room - lines.room)
-	whole := info.Mode().IsRegular() && start+e.Length == info.Size()
-	if cmp.Or(lines.err, err) != nil || !whole {
+	req, res, start, err := readTranscript(bufio.NewReader(file))
+	length, noLength := strconv.ParseInt(res.Get("Content-Length"), 10, 64)
+	whole := info.Mode().IsRegular() && start+length == info.Size()
+	if cmp.Or(err, noLength) != nil || !whole {
 		file.Close()
 		return nil
 	}
-	e.content = fileContent{nil, file, start}
-	return e
+	res.Length = length
+	return &Entry{Response: *res, url: strings.TrimPrefix(req.Target, "http://"), request: req.Header,
+		weight: info.Size(), used: info.ModTime(), hit: fileHit, content: fileContent{nil, file, start}}
 }
 
 // newCache opens the directory, and makes sure that it can be written to.

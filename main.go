@@ -55,6 +55,8 @@ import (
 	"time"
 )
 
+// main reads the command line and runs the proxy. Its exit statuses are those
+// of the package comment.
 func main() {
 	log.SetFlags(0)
 	log.SetPrefix("proxy: ")
@@ -180,7 +182,7 @@ func (p *proxy) serveClient(c *conn) {
 		if err != nil && !isStatusError(err) {
 			return // e.g., the client has closed it
 		}
-		x := &exchange{proxy: p, client: c, req: req, start: p.now(), before: c.sent}
+		x := &exchange{proxy: p, client: c, req: req, start: p.now(), before: c.bytesSent()}
 		keep = x.run(err)
 	}
 	c.closeGently()
@@ -305,7 +307,7 @@ func (x *exchange) tunnel() (*Response, error) {
 		return nil, errorf(508, "a tunnel to this proxy itself: %s", x.req.URL.Authority)
 	}
 	x.status.Outcome = tunnelled
-	x.origin = origin.peer
+	x.origin = origin.from()
 	x.client.writeHead("HTTP/1.1 200 Connection established")
 	x.client.Flush()
 	join(x.client, origin, guard)
@@ -328,6 +330,7 @@ func (x *exchange) page(status int, kind, text string) *Response {
 		Length: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
 }
 
+// dateField returns the Date of a message that is made at t.
 func dateField(t time.Time) Field { return Field{"Date", t.UTC().Format(dateFormat)} }
 
 // errorPage tells a client why it gets nothing else. An error without a status
@@ -357,7 +360,7 @@ func (x *exchange) errorPage(err error) *Response {
 
 // admit decides whether this client may ask, and for that.
 func (x *exchange) admit() error {
-	ip := x.client.peer
+	ip := x.client.from()
 	allowed := x.allow.hasAddress(ip)
 	if !x.allow.given {
 		allowed = ip.IsPrivate() || ip.IsLinkLocalUnicast() // RFC 1918, RFC 4193
@@ -419,7 +422,7 @@ func (x *exchange) mayDial(ip netip.Addr) error {
 	if x.block.hasAddress(ip) || ip.IsUnspecified() && x.block.hasAddress(loopback) {
 		return errorf(403, "%s is blocked", ip)
 	}
-	if isInner(ip) && !x.client.peer.IsLoopback() {
+	if isInner(ip) && !x.client.from().IsLoopback() {
 		return errorf(403, "%s is for clients on this machine only", ip)
 	}
 	return nil
@@ -443,7 +446,7 @@ func (x *exchange) answerAsServer() (*Response, error) {
 	case name == "*":
 		return x.page(200, "text/plain", ""), nil
 	case name == "/" && get:
-		if x.auth == "" && !x.client.peer.IsLoopback() {
+		if x.auth == "" && !x.client.from().IsLoopback() {
 			return nil, errorf(403, "without -auth this page is for this machine only")
 		}
 		return x.page(200, "text/html; charset=utf-8", x.journal.statusPage(x.store)), nil
@@ -497,6 +500,7 @@ func (x *exchange) withoutCookies(h Header) Header {
 	return h.Without("Set-Cookie", "Set-Cookie2", "Clear-Site-Data")
 }
 
+// Escapes in the path of a file, as %20.
 var escapes = regexp.MustCompile("%[0-9A-Fa-f]{2}")
 
 // localFile answers with a file from -files, to this machine only: a regular
@@ -508,7 +512,7 @@ func (x *exchange) localFile(escaped string) *Response {
 		return string(b)
 	})
 	hidden := strings.Contains("/"+name, "/.") || strings.Contains(name, `\`)
-	if x.files == nil || hidden || !x.client.peer.IsLoopback() {
+	if x.files == nil || hidden || !x.client.from().IsLoopback() {
 		return nil
 	}
 	info, err := x.files.Stat(name)
@@ -552,10 +556,10 @@ func parseFlags(args []string) (config, error) {
 	flags.Func("ttl", "`duration`, as 10m, for which a response is fresh, at least, that does not tell",
 		c.setTTL)
 	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
-	flags.Func("allow", "`list` of clients that may ask, beside this machine: addresses, CIDRs, or @file",
+	flags.Func("allow", "`list` of clients that may ask, beside this machine: addresses, CIDRs, @file",
 		c.allow.read)
 	flags.Func("deny", "`list` of clients that may not ask: addresses, CIDRs, or @file", c.deny.read)
-	flags.Func("block", "`list` of destinations refused: hosts and all below them, addresses, CIDRs, or @file",
+	flags.Func("block", "`list` of destinations refused: hosts and all below, addresses, CIDRs, @file",
 		c.block.read)
 	flags.Func("auth", "`user:password` that clients must give, or @file", c.setAuth)
 	version := flags.Bool("version", false, "print the version")
@@ -611,6 +615,7 @@ func (c *config) complete(files string) error {
 	return nil
 }
 
+// setSize reads -size: bytes, or multiples of 1024 of them with K, M, G or T.
 func (c *config) setSize(s string) error {
 	number := strings.TrimRight(s, "KMGT")
 	shift := 10 * slices.Index([]string{"", "K", "M", "G", "T"}, s[len(number):])
@@ -622,6 +627,7 @@ func (c *config) setSize(s string) error {
 	return nil
 }
 
+// setTTL reads -ttl. The flag package would only say "parse error".
 func (c *config) setTTL(s string) (err error) {
 	c.cache.ttl, err = time.ParseDuration(s)
 	if err != nil || c.cache.ttl < 0 {
@@ -630,6 +636,8 @@ func (c *config) setTTL(s string) (err error) {
 	return nil
 }
 
+// setAuth reads -auth. An empty password would be easy to take for none at all,
+// and two lines in a file for two users, so neither is accepted.
 func (c *config) setAuth(s string) error {
 	lines, err := linesOf(s)
 	if err != nil {
@@ -745,7 +753,7 @@ type journal struct {
 // log writes a line in Squid's native format, and counts. To look at the
 // status page is not to be seen on it.
 func (x *exchange) log() {
-	now, sent := x.now(), x.client.sent-x.before
+	now, sent := x.now(), x.client.bytesSent()-x.before
 	outcome, status, kind, asked := string(x.status.Outcome), 0, "", "HIER_NONE/-"
 	if x.aborted {
 		outcome += "_ABORTED"
@@ -758,7 +766,7 @@ func (x *exchange) log() {
 		asked = "HIER_DIRECT/" + x.origin.String()
 	}
 	front := fmt.Sprintf("%d.%03d %6d %s %s/%03d %d %s ", now.Unix(), now.Nanosecond()/1e6,
-		now.Sub(x.start).Milliseconds(), x.client.peer, outcome, status, sent, printable(x.req.Method))
+		now.Sub(x.start).Milliseconds(), x.client.from(), outcome, status, sent, printable(x.req.Method))
 	back := fmt.Sprintf(" - %s %s\n", asked, printable(kind))
 	url := printable(x.subject())
 
@@ -832,8 +840,11 @@ func (j *journal) flush() string {
 		j.requests, share, j.tunnels, j.errors, mebibytes(j.sent), mebibytes(j.saved))
 }
 
+// mebibytes is for people: a number of bytes in MiB.
 func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }
 
+// statusPage is all of the page: no script, nothing from elsewhere, and colours
+// as the browser has them, light or dark. On a narrow screen cells flow.
 const statusPage = `<!DOCTYPE html><html lang=en><meta charset=utf-8><title>proxy on %[1]s</title>
 <meta name=viewport content="width=device-width"><meta name=color-scheme content="light dark">
 <meta http-equiv=refresh content=5><link rel=icon href=data:,><style>
@@ -883,6 +894,7 @@ func ranking(counts map[string]int) (rows string) {
 	return rows
 }
 
+// Counts, sizes and waits.
 const (
 	maxRecords = 1000             // requests that the status page knows of, and
 	maxRows    = 30               // that it lists

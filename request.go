@@ -149,6 +149,19 @@ func (c *conn) readHead(response bool, parseLine func(string) error) (Header, er
 	return header, lines.err
 }
 
+// readTranscript reads the heads of a request and of the response to it, which
+// stand one behind the other, and returns how many bytes they take.
+func readTranscript(in *bufio.Reader) (*Request, *Response, int64, error) {
+	const room = 4 * maxHead
+	req, res := new(Request), new(Response)
+	lines := lineReader{in: in, room: room}
+	lines.fail(req.parseLine(lines.next()))
+	req.Header = lines.header(false)
+	lines.fail(res.parseLine(lines.next()))
+	res.Header = lines.header(false)
+	return req, res, int64(room - lines.room), lines.err
+}
+
 // A framing tells where a body ends: after that many bytes, or in one of two
 // other ways (RFC 9112 §6.3).
 type framing int64
@@ -185,6 +198,8 @@ func newBody(c *conn, framing framing) *body {
 	return b
 }
 
+// Read reads from the body, and only from that: what follows on the connection
+// is the next message.
 func (b *body) Read(p []byte) (int, error) {
 	if b.framing == chunked && b.left == 0 && !b.whole.Load() {
 		if err := b.nextChunk(); err != nil {
@@ -614,12 +629,19 @@ type conn struct {
 	moves atomic.Int64  // when the deadline is to be moved next, in Unix nanoseconds
 }
 
+// newConn takes a connection over.
 func newConn(nc net.Conn) *conn {
 	c := &conn{Conn: nc, limit: stallWait}
 	c.in = bufio.NewReader(c)
 	c.peer = nc.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap().WithZone("")
 	return c
 }
+
+// from returns the address of the other side.
+func (c *conn) from() netip.Addr { return c.peer }
+
+// bytesSent returns how many bytes have been sent so far.
+func (c *conn) bytesSent() int64 { return c.sent }
 
 func (c *conn) tcp() *net.TCPConn { return c.Conn.(*net.TCPConn) }
 
