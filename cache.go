@@ -42,6 +42,7 @@ type Cache struct {
 	inMemory atomic.Int64            // bytes of these, and of those that only slow clients still read
 	version  atomic.Int64            // counts what is stored and removed
 	warned   atomic.Int64            // when the operator was told last what is wrong, in Unix seconds
+	trimmed  atomic.Int64            // when room was made last on a full disk, likewise
 
 	sync.Mutex // guards the rest, and the files under their final names
 	downloads  map[key]*download
@@ -489,19 +490,23 @@ func (t *transaction) store(d *download, res *Response) content {
 	if t.stored != nil {
 		d.replaces = t.stored.weight
 	}
-	t.status.Stored = true
 
 	t.Lock()
 	d.entry, d.file, d.body = e, file, res.Body
 	t.memory.Delete(d.key)
-	t.Unlock()
 	body := d.join().content
 	body.(*follower).first = true
+	t.Unlock()
 	close(d.known)
-	if res.Ready {
-		d.run() // a body that is here already, as most are, needs no goroutine
-	} else {
+	t.status.Stored = true
+	if !res.Ready {
 		go t.guard(d.run)
+		return body
+	}
+	d.run() // a body that is here already, as most are, needs no goroutine
+	if file.full {
+		t.status.Stored = false
+		t.status.Detail = "disk-error"
 	}
 	return body
 }
@@ -514,6 +519,9 @@ func (d *download) commit() error {
 	if !d.forget(d) {
 		return errDropped
 	}
+	if err := d.file.root.Rename(d.file.name, fileName(d.key)); err != nil {
+		return err
+	}
 	d.version.Add(1)
 	d.memory.Delete(d.key)
 	delete(d.unshared.counts, d.key)
@@ -522,10 +530,10 @@ func (d *download) commit() error {
 		d.files++
 	}
 	if d.Cache.size > d.limit {
-		d.files, d.Cache.size = 0, 0 // trim adds what it finds
+		d.Cache.size = 0 // so that one trims: it counts anew
 		go d.guard(func() { d.trim(false) })
 	}
-	return d.file.root.Rename(d.file.name, fileName(d.key))
+	return nil
 }
 
 // invalidate removes what is stored under a key, or on its way there.
@@ -550,16 +558,16 @@ func (t *transaction) invalidateBy(res *Response) {
 	}
 }
 
-// trouble tells the operator, once a minute, why things are not stored, and
-// makes room if the disk is full.
+// trouble tells the operator, once a minute, why things are not stored. If the
+// disk is full it makes room, once a second.
 func (c *Cache) trouble(err error) {
-	now, last := c.now().Unix(), c.warned.Load()
-	if err == errTooLarge || now-last < 60 || !c.warned.CompareAndSwap(last, now) {
-		return
-	}
-	c.warn(fmt.Errorf("not stored: %w", err))
-	if errors.Is(err, syscall.ENOSPC) {
+	now := c.now().Unix()
+	if errors.Is(err, syscall.ENOSPC) && c.trimmed.Swap(now) != now {
 		go c.guard(func() { c.trim(true) })
+	}
+	last := c.warned.Load()
+	if err != errTooLarge && now-last >= 60 && c.warned.CompareAndSwap(last, now) {
+		c.warn(fmt.Errorf("not stored: %w", err))
 	}
 }
 
@@ -768,13 +776,16 @@ func (f *follower) Close() error {
 	defer f.Unlock()
 	f.readers--
 	f.firstReads = f.firstReads && !f.first
-	over := f.err != nil
 	left := f.entry.Length - f.size // negative if nobody knows
-	switch unread := f.readers == 0; {
-	case over && f.first && f.file.full, !over && unread && (left < 0 || left > maxUnread):
-		f.body.Close() // readOn is done with it, or run is to end
+	over, unread := f.err != nil, f.readers == 0
+	switch {
+	case !over && unread && (left < 0 || left > maxUnread):
+		f.err = errDropped // nobody can join it any more, and
+		f.body.Close()     // run is to end
+	case over && f.first && f.file.full:
+		f.body.Close() // which finish has left to readOn
 	}
-	if over && f.readers == 0 {
+	if over && unread {
 		f.file.Close()
 	}
 	return nil
@@ -1023,8 +1034,11 @@ func (e *Entry) mayStandIn(h Header, res *Response, err error, now time.Time) bo
 // and codings in any case and order (RFC 9111 §4.1).
 func selectingFields(stored, req Header) (selecting Header) {
 	for _, name := range stored.Values("Vary") {
+		if selecting.Has(name) {
+			continue // to join 60 KiB once for each time that it is named took minutes
+		}
 		elements := req.Values(name)
-		if len(elements) == 0 || selecting.Has(name) {
+		if len(elements) == 0 {
 			continue
 		}
 		value := strings.Join(elements, ",")
@@ -1347,6 +1361,15 @@ func (c *Cache) openRoot() error {
 	return err
 }
 
+// reopen opens the directory anew if it has been replaced by another one.
+func (c *Cache) reopen() {
+	there, err := os.Stat(c.dir)
+	here, gone := c.root.Load().Stat(".")
+	if err == nil && (gone != nil || !os.SameFile(here, there)) {
+		c.openRoot()
+	}
+}
+
 // usage returns how many files and bytes the directory holds.
 func (c *Cache) usage() (files, bytes int64) {
 	c.Lock()
@@ -1358,6 +1381,9 @@ func (c *Cache) usage() (files, bytes int64) {
 // were used least recently, and if the disk is full a quarter of them. What a
 // crash has left unfinished goes as well. Files of others neither count nor go.
 func (c *Cache) trim(full bool) {
+	c.Lock()
+	c.files, c.size = 0, 0 // what is stored meanwhile may count twice, but not be missed
+	c.Unlock()
 	root := c.root.Load()
 	names, _ := fs.ReadDir(root.FS(), ".")
 	var files []fs.FileInfo

@@ -84,8 +84,6 @@ func run(config config) error {
 	if err != nil {
 		return err
 	}
-	log.Printf("listening on %s, cache in %s", listener.Addr(), config.cache.dir)
-
 	signal.Ignore(syscall.SIGPIPE) // a reader of the log that goes away ends nothing
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
@@ -99,6 +97,7 @@ func run(config config) error {
 		<-stop
 		log.Fatal("stopped at once")
 	}()
+	log.Printf("listening on %s, cache in %s", listener.Addr(), config.cache.dir)
 	p.serve(listener)
 
 	time.AfterFunc(stopWait+time.Second, func() { os.Exit(0) }) // if nobody reads the log
@@ -153,13 +152,14 @@ func guard(work func()) {
 	work()
 }
 
-// serve accepts connections until the listener is closed. Beside that it writes
-// the log out ten times a second, and counts what is in the cache once.
+// serve accepts connections until the listener is closed. Ten times a second it
+// writes the log out, and looks after what time changes.
 func (p *proxy) serve(listener net.Listener) {
 	go guard(func() {
 		for ; ; time.Sleep(100 * time.Millisecond) {
 			p.journal.flush()
 			p.origins.closeIdle()
+			p.store.reopen()
 		}
 	})
 	go guard(func() { p.store.trim(false) })
@@ -413,13 +413,16 @@ func (x *exchange) mayName(u URL) error {
 	return nil
 }
 
-var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1}) // where 0.0.0.0 leads to
-
 // mayDial refuses addresses that are blocked, and inner ones unless the client
 // is on this machine. It is asked again for every address that is dialed,
 // whatever name leads there.
 func (x *exchange) mayDial(ip netip.Addr) error {
-	if x.block.hasAddress(ip) || ip.IsUnspecified() && x.block.hasAddress(loopback) {
+	blocked := x.block.hasAddress(ip)
+	if ip.IsUnspecified() { // which leads to this machine
+		blocked = blocked || x.block.hasAddress(netip.IPv6Loopback()) ||
+			x.block.hasAddress(netip.AddrFrom4([4]byte{127, 0, 0, 1}))
+	}
+	if blocked {
 		return errorf(403, "%s is blocked", ip)
 	}
 	if isInner(ip) && !x.client.from().IsLoopback() {
@@ -437,7 +440,7 @@ func (x *exchange) answerAsServer() (*Response, error) {
 	ip, _ := netip.ParseAddr(host)
 	ours := host == "localhost" || ip.IsLoopback() || ip == here.Addr().Unmap()
 	if !ours || port != strconv.Itoa(int(here.Port())) {
-		return nil, errorf(403, "%s is not a name of this proxy", x.req.Host)
+		return nil, errorf(403, "Host is not a name of this proxy: %q", x.req.Host)
 	}
 
 	name, _, _ := strings.Cut(x.req.Target, "?")
@@ -643,7 +646,8 @@ func (c *config) setAuth(s string) error {
 	if err != nil {
 		return err
 	}
-	if len(lines) != 1 || !strings.Contains(lines[0], ":") {
+	user, password, _ := strings.Cut(strings.Join(lines, ""), ":")
+	if len(lines) != 1 || user == "" || password == "" {
 		return errors.New("it must be one user:password")
 	}
 	c.auth = base64.StdEncoding.EncodeToString([]byte(lines[0]))
@@ -869,8 +873,11 @@ func (j *journal) statusPage(c *Cache) string {
 	for i, line := range slices.Backward(j.latest) {
 		f := strings.Fields(html.EscapeString(line)) // no URL can become markup
 		outcomes[f[3]]++
-		host, _, _ := strings.Cut(strings.TrimPrefix(f[6], "http://"), "/")
-		hosts[host]++
+		host, isURL := strings.CutPrefix(f[6], "http://")
+		if isURL || f[5] == "CONNECT" {
+			host, _, _ = strings.Cut(host, "/")
+			hosts[host]++
+		}
 		if i >= len(j.latest)-maxRows {
 			seconds, _ := strconv.ParseFloat(f[0], 64)
 			ago := c.now().Sub(time.Unix(int64(seconds), 0)).Truncate(time.Second)

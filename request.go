@@ -452,11 +452,11 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 	// An origin may answer before it has all of the request (RFC 9112 §9.5),
 	// even where it does not take any more of it.
 	res, content, err := readResponse(c, req.Method)
-	for n := 0; err == nil && res.Status < 200; n++ {
+	for n := 1; err == nil && res.Status < 200; n++ {
 		interim(res)
 		res, content, err = readResponse(c, req.Method)
-		if n > maxInterim {
-			err = errors.New("its interim responses do not end")
+		if n == maxInterim {
+			err = cmp.Or(err, errors.New("its interim responses do not end"))
 		}
 	}
 	if err != nil {
