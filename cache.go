@@ -39,12 +39,12 @@ type Cache struct {
 	CacheConfig
 	root     atomic.Pointer[os.Root] // the directory
 	memory   sync.Map                // key to *Entry: small ones, as their files were a moment ago
-	inMemory atomic.Int64            // bytes of these, and of those that only slow clients still read
+	inMemory atomic.Int64            // bytes of bodies in memory, whoever still reads them
 	version  atomic.Int64            // counts what is stored and removed
 	warned   atomic.Int64            // when the operator was told last what is wrong, in Unix seconds
 	trimmed  atomic.Int64            // when room was made last on a full disk, likewise
 
-	sync.Mutex // guards the rest, and the files under their final names
+	sync.Mutex // for what follows, and for renaming files
 	downloads  map[key]*download
 	unshared   tally // what could not be stored: nobody waits for another who fetches it
 	misses     tally // where they are counted
@@ -75,6 +75,7 @@ type transaction struct {
 	ask     func(*Request) (*Response, error) // sends a request to its origin
 	asked   time.Time
 	key     key    // of what the request selects
+	sent    Header // of the request, as the origin sees it: Vary selects by that
 	stored  *Entry // what it selects, or nil
 	version int64  // Cache.version before that was looked up
 	status  CacheStatus
@@ -85,19 +86,20 @@ type transaction struct {
 // The status tells how, as far as it got if there is an error.
 func (c *Cache) roundTrip(req *Request, ask func(*Request) (*Response, error)) (
 	*Response, CacheStatus, error) {
-	t := &transaction{Cache: c, req: req, ask: ask, asked: c.now().Truncate(time.Second)}
+	t := &transaction{Cache: c, req: req, ask: ask, sent: req.endToEnd()}
+	t.asked = c.now().Truncate(time.Second) // dates have no more
 	t.status.Outcome = miss
-	res, err := t.answer()
+	res, err := t.respond()
 	t.drop()
 	return res, t.status, err
 }
 
-// answer finds the response:
+// respond finds the response:
 //  1. What the store can't answer goes straight to the origin.
 //  2. A fresh entry answers by itself, and so does a download under way.
 //  3. The first who asks for what is missing or stale fetches it for all. The
 //     others wait for that, and look again.
-func (t *transaction) answer() (*Response, error) {
+func (t *transaction) respond() (*Response, error) {
 	h := t.req.Header
 	switch {
 	case t.req.Method != "GET" && t.req.Method != "HEAD":
@@ -119,10 +121,9 @@ func (t *transaction) answer() (*Response, error) {
 			defer t.release(d)
 			return t.forward(d, why)
 		}
-		if d != nil && !t.wait(d) {
+		if d != nil && !t.wait(d) { // without one it is to look again at once
 			return t.forward(nil, why)
 		}
-		t.status.Collapsed = d != nil
 		t.drop()
 	}
 }
@@ -183,7 +184,7 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 	if !isSafe(req.Method) && res.Status < 400 {
 		t.invalidateBy(res)
 	}
-	if body := t.store(d, res); body != nil {
+	if body := t.keep(d, res); body != nil {
 		req.Header = t.req.Header
 		if !validates {
 			req.Header = req.Without("If-Modified-Since") // the origin has looked at that
@@ -207,9 +208,9 @@ func (t *transaction) renew(d *download, validation *Response) (*Response, error
 	res := old.Response
 	res.Header = updated(old.Header, validation.Header)
 	res.Origin = validation.Origin
-	res.Ready = old.hit == memoryHit
+	_, res.Ready = old.content.(*memoryContent)
 	res.Body = old.content.section(0, old.Length)
-	body := t.store(d, &res)
+	body := t.keep(d, &res)
 	if body == nil {
 		body = old.content
 	}
@@ -234,33 +235,39 @@ func (t *transaction) drop() {
 // An Entry is a stored response, or one that is just being stored. It does
 // not change once anybody else can see it.
 type Entry struct {
-	Response           // without a body, nor Age in the header
-	url      string    // without its scheme
-	request  Header    // when it was asked for, and what Vary selects by
-	born     time.Time // when its age was 0
-	lifetime time.Duration
-	strict   bool      // it must not be used stale
-	weight   int64     // bytes of the file
-	used     time.Time // when the file was last used, or read into memory
-	hit      outcome   // what it is to answer with this
-	content  content
+	Response                 // without a body, nor Age in the header
+	url            string    // without its scheme
+	request        Header    // when it was asked for, and what Vary selects by
+	born           time.Time // when its age was 0
+	lifetime       time.Duration
+	mustRevalidate bool      // it must not be used when it is stale
+	weight         int64     // bytes of the file
+	used           time.Time // when the file was last used; in memory, when it was read
+	hit            outcome   // fileHit or memoryHit: how an answer from it is logged
+	content        content
 }
 
-// A content is where the body of an entry is. It is used once: either n bytes
-// of it are read, from off on, and that is closed, or it is closed itself. With
-// n -1 they go to the end.
+// A content is where the body of an entry is. Close says that nobody wants it.
+// Else section returns a reader of n bytes from off on, or of all of them to
+// the end if n is -1, and closing that reader closes the content.
 type content interface {
 	section(off, n int64) io.ReadCloser
 	io.Closer
 }
 
-// memoryContent is the body itself.
-type memoryContent []byte
+// A memoryContent is the body itself. Who reads it keeps it from being garbage,
+// so that it counts for as long as it takes memory.
+type memoryContent struct{ body []byte }
 
-func (m memoryContent) Close() error { return nil }
+func (m *memoryContent) Close() error { return nil }
 
-func (m memoryContent) section(off, n int64) io.ReadCloser {
-	return io.NopCloser(bytes.NewReader(m[off : off+n]))
+func (m *memoryContent) section(off, n int64) io.ReadCloser {
+	return memorySection{bytes.NewReader(m.body[off : off+n]), m}
+}
+
+type memorySection struct {
+	*bytes.Reader
+	*memoryContent
 }
 
 // isGrowing reports whether an entry, which may be nil, is still on its way.
@@ -295,14 +302,14 @@ func (t *transaction) lookup() (fresh bool, why reason) {
 	t.version = t.Cache.version.Load()
 	t.stored = t.find(t.key)
 	why = "uri-miss"
-	if t.stored != nil && !t.stored.selectedBy(t.req.Header) {
+	if t.stored != nil && !t.stored.selectedBy(t.sent) {
 		why = "vary-miss"
-		selecting := selectingFields(t.stored.Header, t.req.Header)
+		selecting := selectingFields(t.stored.Header, t.sent)
 		hash := sha256.Sum256(fmt.Appendf(nil, "%q%q", t.stored.request.Get("Generation"), selecting))
 		t.key.variant = fmt.Sprintf("~%.8x", hash)
 		t.drop()
 		t.stored = t.find(t.key)
-		if t.stored != nil && !t.stored.selectedBy(t.req.Header) {
+		if t.stored != nil && !t.stored.selectedBy(t.sent) {
 			t.drop()
 		}
 	}
@@ -340,7 +347,8 @@ func (t *transaction) open(k key) *Entry {
 	if e == nil {
 		return nil
 	}
-	if e.url != k.url || e.Status == 206 || e.Has("Set-Cookie") {
+	if e.url != k.url || e.Status == 206 || e.Has("Set-Cookie") ||
+		e.request.Has("Inner") && !t.shareInner {
 		e.content.Close()
 		return nil
 	}
@@ -349,21 +357,22 @@ func (t *transaction) open(k key) *Entry {
 	}
 	e.used = now
 	e.assess(t.ttl, now)
+	e.Header = e.Without("Age", "Content-Length")
 	if e.Length > maxInMemory || t.inMemory.Load() > 2*maxMemory {
 		return e
 	}
 
 	file := e.content.section(0, e.Length)
 	defer file.Close()
-	body := make(memoryContent, e.Length)
-	if _, err := io.ReadFull(file, body); err != nil {
+	body := &memoryContent{make([]byte, e.Length)}
+	if _, err := io.ReadFull(file, body.body); err != nil {
 		return nil
 	}
 	e.content = body
 	kept := *e
 	kept.hit = memoryHit
 	c, weight := t.Cache, e.weight+1<<10
-	runtime.AddCleanup(&kept, func(weight int64) { c.inMemory.Add(-weight) }, weight)
+	runtime.AddCleanup(body, func(weight int64) { c.inMemory.Add(-weight) }, weight)
 	full := c.inMemory.Add(weight) > maxMemory
 	t.Lock()
 	defer t.Unlock()
@@ -386,9 +395,9 @@ func (t *transaction) claim() (d *download, mine bool) {
 	if d != nil || t.version != t.Cache.version.Load() {
 		return d, false
 	}
-	d = &download{Cache: t.Cache, key: t.key, began: time.Now(), firstReads: true}
+	d = &download{cache: t.Cache, key: t.key, began: time.Now(), firstReads: true}
 	d.known = make(chan struct{})
-	d.grew.L = d
+	d.grew.L = &d.mu
 	t.downloads[t.key] = d
 	return d, true
 }
@@ -398,7 +407,7 @@ func (t *transaction) claim() (d *download, mine bool) {
 // nobody for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
 	t.Lock()
-	unshared := t.unshared.count(t.key, 0, unsharedWait, t.now()) > 0
+	unshared := t.unshared.sum(t.key, unsharedWait, t.now()) > 0
 	t.Unlock()
 	part := t.stored == nil && t.req.Has("Range") // which the origin may send at once
 	if unshared || part || t.req.Has("Authorization") || wantsReload(t.req.Header) {
@@ -412,8 +421,8 @@ func (t *transaction) wait(d *download) bool {
 	}
 }
 
-// release ends a claim from which no download has come. After a plain GET it
-// is remembered that there was nothing to share, or all who want the same
+// release ends a claim from which no download has come. If the answer to a
+// plain GET could not be shared, that is remembered, or all who want the same
 // would be served one after another.
 func (t *transaction) release(d *download) {
 	t.Lock()
@@ -423,8 +432,10 @@ func (t *transaction) release(d *download) {
 	}
 	t.forget(d)
 	close(d.known)
-	if !t.req.Has("Range") {
-		t.unshared.count(d.key, 1, unsharedWait, t.now())
+	answered := t.status.ForwardStatus != 0 && t.status.ForwardStatus != 304
+	personal := t.req.Has("Authorization") || cacheControl(t.req.Header).Has("no-store")
+	if answered && !personal && !t.req.Has("Range") {
+		t.unshared.add(d.key, unsharedWait, t.now())
 	}
 }
 
@@ -446,37 +457,46 @@ func (t *transaction) due() bool {
 	}
 	t.Lock()
 	defer t.Unlock()
-	return t.misses.count(t.key, 1, usesWindow, t.now()) >= t.uses
+	return t.misses.add(t.key, usesWindow, t.now()) >= t.uses
 }
 
-// A tally counts by key. From time to time it begins anew, which is cheaper
-// than to find out what is old.
+// A tally counts by key. When its window is over it begins anew, for all keys
+// at once: that is cheaper than to find out what is old.
 type tally struct {
 	began  time.Time
 	counts map[key]int
 }
 
-// count adds n for a key, and returns the sum since the current window began.
-func (t *tally) count(k key, n int, window time.Duration, now time.Time) int {
-	if now.Sub(t.began) > window || len(t.counts) >= maxKeys {
-		*t = tally{now, map[key]int{}}
+// sum returns how often a key has been added in the current window.
+func (t *tally) sum(k key, window time.Duration, now time.Time) int {
+	if now.Sub(t.began) > window {
+		return 0
 	}
-	t.counts[k] += n
 	return t.counts[k]
 }
 
-// store begins to put a response into the store, if it may and is worth it,
-// and returns where the body is from now on. Else it returns nil, and the body
-// is still that of the response.
-func (t *transaction) store(d *download, res *Response) content {
+// add counts a key once more, and returns the sum.
+func (t *tally) add(k key, window time.Duration, now time.Time) int {
+	if now.Sub(t.began) > window || len(t.counts) >= maxKeys {
+		*t = tally{now, map[key]int{}}
+	}
+	t.counts[k]++
+	return t.counts[k]
+}
+
+// keep begins to store a response, if it may be stored and is worth it, and
+// returns where its body is from now on. Else it returns nil, and the body
+// stays where it is. d is the caller's claim, if any.
+func (t *transaction) keep(d *download, res *Response) content {
 	may, why := storable(t.req, res, t.CacheConfig)
-	if !may {
+	switch {
+	case !may:
 		t.status.Detail = why
 		if d != nil && t.stored != nil && isHeuristic(res.Status) {
-			t.invalidate(d.key) // what the origin says now takes its place, even so
+			t.invalidate(d.key) // it has taken the place of what is stored, even so
 		}
-	}
-	if !may || d == nil {
+		return nil
+	case d == nil:
 		return nil
 	}
 	e := t.newEntry(res)
@@ -487,6 +507,7 @@ func (t *transaction) store(d *download, res *Response) content {
 		return nil
 	}
 	e.assess(t.ttl, t.now())
+	e.Header = e.Without("Age") // which is in the file, and else told anew each time
 	if t.stored != nil {
 		d.replaces = t.stored.weight
 	}
@@ -494,44 +515,45 @@ func (t *transaction) store(d *download, res *Response) content {
 	t.Lock()
 	d.entry, d.file, d.body = e, file, res.Body
 	t.memory.Delete(d.key)
-	body := d.join().content
-	body.(*follower).first = true
+	reader := d.join().content.(*follower)
+	reader.first = true
 	t.Unlock()
 	close(d.known)
 	t.status.Stored = true
 	if !res.Ready {
 		go t.guard(d.run)
-		return body
+		return reader
 	}
 	d.run() // a body that is here already, as most are, needs no goroutine
 	if file.full {
 		t.status.Stored = false
 		t.status.Detail = "disk-error"
 	}
-	return body
+	return reader
 }
 
 // commit puts a finished file in its place, unless what is stored under the
 // key has been invalidated since the download began.
 func (d *download) commit() error {
-	d.Cache.Lock()
-	defer d.Cache.Unlock()
-	if !d.forget(d) {
+	c := d.cache
+	c.Lock()
+	defer c.Unlock()
+	if !c.forget(d) {
 		return errDropped
 	}
 	if err := d.file.root.Rename(d.file.name, fileName(d.key)); err != nil {
 		return err
 	}
-	d.version.Add(1)
-	d.memory.Delete(d.key)
-	delete(d.unshared.counts, d.key)
-	d.Cache.size += d.file.written - d.replaces
+	c.version.Add(1)
+	c.memory.Delete(d.key)
+	delete(c.unshared.counts, d.key)
+	c.size += d.file.written - d.replaces
 	if d.replaces == 0 {
-		d.files++
+		c.files++
 	}
-	if d.Cache.size > d.limit {
-		d.Cache.size = 0 // so that one trims: it counts anew
-		go d.guard(func() { d.trim(false) })
+	if c.size > c.limit {
+		c.size = 0 // so that only one trims: it counts anew
+		go c.guard(func() { c.trim(false) })
 	}
 	return nil
 }
@@ -580,7 +602,7 @@ func (c *Cache) trouble(err error) {
 // ends well is in its place before any client has the last byte, so whoever
 // has the answer finds the entry.
 type download struct {
-	*Cache
+	cache    *Cache
 	key      key
 	began    time.Time
 	replaces int64         // bytes of the file in whose place it comes
@@ -589,14 +611,14 @@ type download struct {
 	// What there is to share. It is set once, under the cache's lock.
 	entry *Entry
 	body  io.ReadCloser // from the origin, or of the entry that is renewed
-	file  *cacheFile    // all readers share it, as its name may be gone
+	file  *cacheFile    // shared by all readers: somebody may have removed the name
 
-	sync.Mutex           // guards the rest; taken after the cache's
-	grew       sync.Cond // there is more, or no more comes
-	size       int64     // bytes of the body that may be read
-	err        error     // io.EOF when all has come, or what broke it off
+	mu         sync.Mutex // for what follows; taken after the cache's
+	grew       sync.Cond  // there is more, or no more comes
+	size       int64      // bytes of the body that may be read
+	err        error      // io.EOF when all has come, or what broke it off
 	readers    int
-	firstReads bool // who caused it is one of them
+	firstReads bool // the client that caused it is one of them
 }
 
 // run brings the body into the file.
@@ -624,8 +646,8 @@ func (d *download) copyFile(old fileContent) error {
 		d.file.written += n
 		d.announce(n)
 	}
-	d.file.full = err != nil
-	old.Seek(d.size, io.SeekStart) // where the first reader goes on if it is
+	d.file.full = err != nil && !errors.Is(err, os.ErrClosed) // as Close does to end this
+	old.Seek(d.size, io.SeekStart)                            // readOn goes on from there
 	return err
 }
 
@@ -638,8 +660,8 @@ func (d *download) Write(p []byte) (int, error) {
 // announce lets readers have n more bytes, but not the last ones of a known
 // length: the entry has to be in its place when a client has all of it.
 func (d *download) announce(n int64) {
-	d.Lock()
-	defer d.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if d.size+n != d.entry.Length {
 		d.size += n
 		d.grew.Broadcast()
@@ -651,23 +673,23 @@ func (d *download) announce(n int64) {
 func (d *download) finish(err error) {
 	unstored := err
 	if err == nil && d.entry.Length < 0 {
-		_, unstored = d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-24)
+		_, unstored = d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-lengthBytes)
 	}
 	if unstored == nil {
 		unstored = d.commit()
 	}
 	if unstored != nil {
-		d.Cache.Lock()
-		d.forget(d)
-		d.Cache.Unlock()
+		d.cache.Lock()
+		d.cache.forget(d)
+		d.cache.Unlock()
 		d.file.root.Remove(d.file.name)
 	}
 	if d.file.full {
-		d.trouble(err)
+		d.cache.trouble(err)
 	}
 
-	d.Lock()
-	defer d.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if err == nil {
 		d.size = d.file.written - d.file.start
 	}
@@ -683,8 +705,8 @@ func (d *download) finish(err error) {
 
 // join adds a reader, and returns the entry for it, or nil if it is too late.
 func (d *download) join() *Entry {
-	d.Lock()
-	defer d.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if d.err != nil {
 		return nil
 	}
@@ -697,15 +719,13 @@ func (d *download) join() *Entry {
 // A follower reads a download, and waits for what has not come yet.
 type follower struct {
 	*download
-	first    bool // caused the download
+	first    bool // this is the client that caused the download
 	off, end int64
-	to       flusher   // is flushed before it waits
+	to       flusher   // the client, flushed before a wait: it must not wait for what is here
 	rest     io.Reader // what the file did not take
 }
 
-// feeds names the client, which is flushed whenever the reader has to wait: it
-// must not wait for what is here already.
-func (f *follower) feeds(to flusher) { f.to = to }
+func (f *follower) flushBeforeWait(to flusher) { f.to = to }
 
 // section begins to read at off. Where n is -1 it goes on to the end.
 func (f *follower) section(off, n int64) io.ReadCloser {
@@ -741,12 +761,12 @@ func (f *follower) Read(p []byte) (int, error) {
 // await waits for bytes, and returns how many there are, or why there are no
 // more.
 func (f *follower) await() (int64, error) {
-	f.Lock()
-	defer f.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	if f.size <= f.off && f.err == nil && f.to != nil {
-		f.Unlock()
+		f.mu.Unlock()
 		f.to.Flush()
-		f.Lock()
+		f.mu.Lock()
 	}
 	for f.size <= f.off && f.err == nil {
 		f.grew.Wait()
@@ -758,8 +778,8 @@ func (f *follower) await() (int64, error) {
 // then the rest from where it comes.
 func (f *follower) readOn(p []byte) (int, error) {
 	if f.rest == nil {
-		if source, waits := f.body.(interface{ feeds(flusher) }); waits {
-			source.feeds(f.to)
+		if source, waits := f.body.(waiter); waits {
+			source.flushBeforeWait(f.to)
 		}
 		f.rest = io.MultiReader(bytes.NewReader(f.file.refused), f.body)
 		io.CopyN(io.Discard, f.rest, f.off-f.size) // a range may begin further on
@@ -772,8 +792,8 @@ var errDropped = errors.New("nobody wants it any more")
 // Close ends the reading. What nobody reads any more is finished if little of
 // it is left, and else dropped.
 func (f *follower) Close() error {
-	f.Lock()
-	defer f.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.readers--
 	f.firstReads = f.firstReads && !f.first
 	left := f.entry.Length - f.size // negative if nobody knows
@@ -794,7 +814,7 @@ func (f *follower) Close() error {
 // Sizes and waits.
 const (
 	maxInMemory  = 1 << 20          // bytes of a body that memory may answer with
-	maxMemory    = 16 << 20         // bytes of all these; twice that with those that slow clients read
+	maxMemory    = 16 << 20         // bytes of all these; twice that if slow clients still read old ones
 	maxUnread    = 1 << 20          // bytes of a download that are fetched though nobody reads it
 	maxKeys      = 1 << 16          // what is remembered about URLs that are not stored
 	maxSeconds   = 1 << 31          // of an age or a lifetime (RFC 9111 §1.2.2)
@@ -907,7 +927,9 @@ func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
 	has := directives.Has
 	understood := isHeuristic(res.Status)
 	explicit := has("max-age") || has("s-maxage") || h.Has("Expires")
-	forAll := has("public") || has("must-revalidate") || has("s-maxage")
+	shared := has("public") || has("must-revalidate") || has("s-maxage")
+	personal := authenticatesConnection(req.Header, "Authorization") ||
+		authenticatesConnection(h, "WWW-Authenticate")
 	for _, rule := range []struct {
 		why     reason
 		forbids bool
@@ -918,14 +940,11 @@ func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
 		{"private", has("private")},
 		{"set-cookie", h.Has("Set-Cookie")},
 		{"vary", slices.ContainsFunc(h.Values("Vary"), isReserved.MatchString)},
-		{"authorization", req.Has("Authorization") && !forAll},
-		{"authorization", authenticatesConnection(req.Header, "Authorization")},
-		{"authorization", authenticatesConnection(h, "WWW-Authenticate")},
+		{"authorization", req.Has("Authorization") && !shared || personal},
 		{"inner-address", isInner(res.Origin) && !config.shareInner},
-		{"status", slices.Contains([]int{206, 304, 416}, res.Status)},
-		{"status", has("must-understand") && !understood},
+		{"status", slices.Contains([]int{206, 304, 416}, res.Status) || has("must-understand") && !understood},
 		{"no-freshness", !explicit && !understood && !has("public")},
-		{"no-freshness", lifetime(res, config.ttl) <= 0 && !hasValidator(h)},
+		{"no-freshness", lifetime(res, config.ttl) == 0 && !hasValidator(h)},
 		{"too-large", res.Length > config.limit || len(h) > maxFields-8},
 	} {
 		if rule.forbids {
@@ -936,7 +955,7 @@ func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
 }
 
 // What Vary can't select by: anything at all, and what has another meaning in a file.
-var isReserved = regexp.MustCompile(`(?i)^(\*|Date|Generation)$`)
+var isReserved = regexp.MustCompile(`(?i)^(\*|Date|Generation|Inner)$`)
 
 // isHeuristic reports whether responses with a status may be stored that do
 // not tell how long they are fresh (RFC 9110 §15.1).
@@ -965,7 +984,7 @@ func lifetime(res *Response, ttl time.Duration) time.Duration {
 	case directives.Has("max-age"):
 		return seconds(directives.Get("max-age"))
 	case res.Has("Expires"):
-		return httpDate(res.Get("Expires")).Sub(date)
+		return max(0, httpDate(res.Get("Expires")).Sub(date))
 	case !isHeuristic(res.Status) && !directives.Has("public"):
 		return 0
 	case changed.IsZero():
@@ -978,8 +997,10 @@ func lifetime(res *Response, ttl time.Duration) time.Duration {
 // counts from the earlier of Date and of when it was 0 by the Age field. If
 // that is still to come, the clock has been set back, and nobody knows.
 func (e *Entry) assess(ttl time.Duration, now time.Time) {
-	age := append(e.Values("Age"), "")[0]
-	e.born = httpDate(e.request.Get("Date")).Add(-seconds(age))
+	e.born = httpDate(e.request.Get("Date"))
+	if ages := e.Values("Age"); len(ages) > 0 {
+		e.born = e.born.Add(-seconds(ages[0]))
+	}
 	if date := httpDate(e.Get("Date")); date.Before(e.born) {
 		e.born = date
 	}
@@ -988,14 +1009,13 @@ func (e *Entry) assess(ttl time.Duration, now time.Time) {
 	}
 	e.lifetime = lifetime(&e.Response, ttl)
 	directives := cacheControl(e.Header)
-	e.strict = directives.Has("s-maxage") || directives.Has("must-revalidate") ||
+	e.mustRevalidate = directives.Has("s-maxage") || directives.Has("must-revalidate") ||
 		directives.Has("proxy-revalidate") || directives.Has("no-cache")
-	e.Header = e.Without("Age", "Content-Length")
 }
 
 // satisfies reports whether the entry may answer a request as it is, or else
-// why not (RFC 9111 §4.2, §5.2.1). What has come since the request was made
-// is new enough, however long it took.
+// why not (RFC 9111 §4.2, §5.2.1). Its age is that at the time of the request:
+// if it has come since then it is new enough, however long that took.
 func (e *Entry) satisfies(h Header, asked time.Time) (bool, reason) {
 	directives := cacheControl(h)
 	age := asked.Sub(e.born)
@@ -1007,9 +1027,12 @@ func (e *Entry) satisfies(h Header, asked time.Time) (bool, reason) {
 		return false, "request"
 	case left > 0:
 		return true, ""
+	case e.mustRevalidate || !directives.Has("max-stale"):
+		return false, "stale"
+	case directives.Get("max-stale") == "" || -left < seconds(directives.Get("max-stale")):
+		return true, ""
 	}
-	anyAge := directives.Has("max-stale") && directives.Get("max-stale") == ""
-	return !e.strict && (anyAge || -left < seconds(directives.Get("max-stale"))), "stale"
+	return false, "stale"
 }
 
 // mayStandIn reports whether a stale entry may be used because the origin
@@ -1018,7 +1041,7 @@ func (e *Entry) satisfies(h Header, asked time.Time) (bool, reason) {
 func (e *Entry) mayStandIn(h Header, res *Response, err error, now time.Time) bool {
 	own := cacheControl(e.Header)
 	switch {
-	case e.strict, wantsReload(h), isStatusError(err):
+	case e.mustRevalidate, wantsReload(h), isStatusError(err):
 		return false
 	case err != nil && !own.Has("stale-if-error"):
 		return true
@@ -1152,15 +1175,15 @@ func byteRange(req, stored Header, size int64) (status int, off, n int64) {
 		return 200, 0, size
 	}
 	first, _ := strconv.ParseInt(wanted[1], 10, 64) // too large a number is the largest
-	last, err := strconv.ParseInt(cmp.Or(wanted[2], "none"), 10, 64)
+	last, _ := strconv.ParseInt(wanted[2], 10, 64)
 	switch {
-	case wanted[1] == "":
-		first, last = max(0, size-last), size-1
-	case errors.Is(err, strconv.ErrSyntax):
-		last = maxLength
+	case wanted[1] == "": // the last bytes
+		first, last = max(0, size-last), size
+	case wanted[2] == "": // all from there on
+		last = max(first, size)
 	}
 	switch {
-	case last < first && wanted[1] != "":
+	case last < first:
 		return 200, 0, size
 	case first >= size:
 		return 416, 0, 0
@@ -1192,7 +1215,10 @@ func (t *transaction) newEntry(res *Response) *Entry {
 	e := &Entry{Response: *res, url: t.key.url, hit: fileHit}
 	e.Header = res.endToEnd()
 	e.request = append(Header{{"Date", t.asked.UTC().Format(dateFormat)}},
-		selectingFields(e.Header, t.req.Header)...)
+		selectingFields(e.Header, t.sent)...)
+	if isInner(res.Origin) {
+		e.request = append(e.request, Field{"Inner", res.Origin.String()})
+	}
 	generation := rand.Text()
 	if t.stored != nil {
 		generation = cmp.Or(t.stored.request.Get("Generation"), generation)
@@ -1235,7 +1261,13 @@ func fileName(k key) string {
 	return string(name) + k.variant
 }
 
-// A file is a transcript. This one has been filled in when the body was whole:
+// The end of the head of a file, with room for a length that is not known yet.
+const (
+	lengthFormat = "%20d\r\n\r\n"
+	lengthBytes  = 24
+)
+
+// A file is a transcript. The length of this one is known: the body is whole.
 //
 //	GET http://example.com/logo.png HTTP/1.1
 //	Date: Sun, 22 Nov 2026 06:00:00 GMT         when we asked
@@ -1249,15 +1281,11 @@ func fileName(k key) string {
 //
 //	...the body...
 //
-// lengthFormat leaves room for a length that is not known yet. It stands last
-// in the head.
-const lengthFormat = "%20d"
-
 // transcript returns what stands in front of the body in a file.
 func (e *Entry) transcript() []byte {
 	b := []byte("GET http://" + e.url + " HTTP/1.1\r\n")
 	b = append(e.request.appendTo(b), "\r\nHTTP/1.1 "+strconv.Itoa(e.Status)+" "+e.Reason+"\r\n"...)
-	return fmt.Appendf(e.Header.appendTo(b), "Content-Length: "+lengthFormat+"\r\n\r\n", e.Length)
+	return fmt.Appendf(e.Header.appendTo(b), "Content-Length: "+lengthFormat, e.Length)
 }
 
 // A cacheFile is a file that is being written. It keeps what it could not
@@ -1320,6 +1348,7 @@ func readEntry(root *os.Root, name string) *Entry {
 	}
 	info, err := file.Stat()
 	if err != nil {
+		file.Close()
 		return nil
 	}
 	req, res, start, err := readTranscript(bufio.NewReader(file))

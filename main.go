@@ -65,8 +65,9 @@ func main() {
 		log.Printf("%v (proxy -h lists the flags)", err)
 		os.Exit(2)
 	}
-	// 12 MiB that are never touched count for the garbage collector, which runs
-	// less often: a third more hits.
+	// The garbage collector runs each time the heap has doubled. These 12 MiB,
+	// which are never touched and so take no memory, make it run less often: a
+	// third more hits.
 	defer runtime.KeepAlive(make([]byte, 12<<20))
 	if err := run(config); err != nil {
 		log.Fatal(err) // with status 1
@@ -97,7 +98,7 @@ func run(config config) error {
 		<-stop
 		log.Fatal("stopped at once")
 	}()
-	log.Printf("listening on %s, cache in %s", listener.Addr(), config.cache.dir)
+	log.Printf("listening on %s, cache in %s", listener.Addr(), config.caching.dir)
 	p.serve(listener)
 
 	time.AfterFunc(stopWait+time.Second, func() { os.Exit(0) }) // if nobody reads the log
@@ -114,11 +115,11 @@ func run(config config) error {
 type proxy struct {
 	config
 	port    int // that it listens on
-	store   *Cache
+	cache   *Cache
 	origins *originPool
 	journal journal
 	active  atomic.Int64 // exchanges under way
-	closing atomic.Bool  // no connection is kept any more
+	closing atomic.Bool  // the program is to stop: connections end with their exchange
 }
 
 // newProxy makes a proxy that listens on an address and logs to a writer. If
@@ -128,11 +129,11 @@ type proxy struct {
 func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) {
 	listen := address.(*net.TCPAddr).AddrPort()
 	local := listen.Addr().Unmap().IsLoopback()
-	config.cache.shareInner = local
-	config.cache.guard = guard
-	config.cache.warn = func(err error) { log.Print(err) }
-	store, err := newCache(config.cache)
-	p := &proxy{config: config, port: int(listen.Port()), store: store}
+	config.caching.shareInner = local
+	config.caching.guard = guard
+	config.caching.warn = func(err error) { log.Print(err) }
+	cache, err := newCache(config.caching)
+	p := &proxy{config: config, port: int(listen.Port()), cache: cache}
 	pseudonym := "proxy-" + strings.ToLower(rand.Text()[:6])
 	p.origins = newOriginPool(pseudonym, local, guard)
 	p.journal.begun = p.now()
@@ -159,10 +160,10 @@ func (p *proxy) serve(listener net.Listener) {
 		for ; ; time.Sleep(100 * time.Millisecond) {
 			p.journal.flush()
 			p.origins.closeIdle()
-			p.store.reopen()
+			p.cache.reopen()
 		}
 	})
-	go guard(func() { p.store.trim(false) })
+	go guard(func() { p.cache.trim(false) })
 	for !p.closing.Load() {
 		nc, err := listener.Accept()
 		if err == nil {
@@ -183,7 +184,7 @@ func (p *proxy) serveClient(c *conn) {
 			return // e.g., the client has closed it
 		}
 		x := &exchange{proxy: p, client: c, req: req, start: p.now(), before: c.bytesSent()}
-		keep = x.run(err)
+		keep = x.serve(err)
 	}
 	c.closeGently()
 }
@@ -201,9 +202,9 @@ type exchange struct {
 	aborted bool // the client did not get all of it
 }
 
-// run answers the request, unless err says what is wrong with it, and reports
+// serve answers the request, unless err says what is wrong with it, and reports
 // whether another may follow on the connection.
-func (x *exchange) run(err error) (keep bool) {
+func (x *exchange) serve(err error) (keep bool) {
 	x.active.Add(1)
 	defer x.active.Add(-1)
 	defer x.log()
@@ -228,7 +229,7 @@ func (x *exchange) run(err error) (keep bool) {
 // answer lives the life of a request:
 //  1. readRequest has read the head. What two programs could read in two ways
 //     was refused.
-//  2. May this client ask, and for that?
+//  2. May this client make it (admit)?
 //  3. CONNECT becomes a tunnel.
 //  4. Asked as a server, we answer with a page of our own, a file, or
 //     /host/path.
@@ -236,7 +237,7 @@ func (x *exchange) run(err error) (keep bool) {
 //  6. Else it asks the origin, one request for all who want the same, and
 //     stores what comes beside its way to the clients.
 //
-// The response is sent and logged by run.
+// Then serve sends the response and logs it.
 func (x *exchange) answer() (*Response, error) {
 	if err := x.admit(); err != nil {
 		return nil, err
@@ -262,7 +263,7 @@ func (x *exchange) fetch(req *Request) (*Response, error) {
 		closer.Header = append(req.Without("Max-Forwards"), Field{"Max-Forwards", fmt.Sprint(hops - 1)})
 		req = &closer
 	}
-	res, status, err := x.store.roundTrip(req, x.ask)
+	res, status, err := x.cache.roundTrip(req, x.askOrigin)
 	x.status = status
 	if err != nil {
 		return nil, err
@@ -271,9 +272,9 @@ func (x *exchange) fetch(req *Request) (*Response, error) {
 	return res, nil
 }
 
-// ask sends a request to its origin. A response without a valid date gets one
+// askOrigin sends a request to its origin. A response without a valid date gets one
 // (RFC 9110 §6.6.1).
-func (x *exchange) ask(req *Request) (*Response, error) {
+func (x *exchange) askOrigin(req *Request) (*Response, error) {
 	res, err := x.origins.roundTrip(req, x.mayDial, x.passInterim)
 	if err != nil {
 		return nil, err
@@ -302,8 +303,7 @@ func (x *exchange) tunnel() (*Response, error) {
 	}
 	defer origin.Close()
 	to := origin.RemoteAddr().(*net.TCPAddr)
-	if to.Port == x.port && to.IP.IsLoopback() {
-		// What comes back through it would seem to come from this machine.
+	if to.IP.IsLoopback() && to.Port == x.port {
 		return nil, errorf(508, "a tunnel to this proxy itself: %s", x.req.URL.Authority)
 	}
 	x.status.Outcome = tunnelled
@@ -333,19 +333,11 @@ func (x *exchange) page(status int, kind, text string) *Response {
 // dateField returns the Date of a message that is made at t.
 func dateField(t time.Time) Field { return Field{"Date", t.UTC().Format(dateFormat)} }
 
-// errorPage tells a client why it gets nothing else. An error without a status
-// is the origin's.
+// errorPage tells a client why it gets nothing else.
 func (x *exchange) errorPage(err error) *Response {
-	told := &statusError{502, fmt.Sprintf("%s: %v", x.req.URL.Authority, err)}
-	var lookup *net.DNSError
-	switch {
-	case errors.As(err, &told): // which is now that
-	case errors.As(err, &lookup) && lookup.IsNotFound && x.req.Direct:
-		told = &statusError{404, "there is neither a file nor a host for " + x.req.Target}
-	case errors.As(err, &lookup) && lookup.IsNotFound:
-		told.text = x.req.URL.Authority + ": no such host"
-	case os.IsTimeout(err):
-		told.code = 504
+	var told *statusError
+	if !errors.As(err, &told) {
+		told = x.originError(err)
 	}
 	res := x.page(told.code, "text/plain; charset=utf-8", told.text+"\n")
 	challenge, asks := map[int]string{401: "WWW-Authenticate", 407: "Proxy-Authenticate"}[told.code]
@@ -358,7 +350,23 @@ func (x *exchange) errorPage(err error) *Response {
 	return res
 }
 
-// admit decides whether this client may ask, and for that.
+// originError says what is wrong with an origin: 504 if it took too long, and
+// else 502.
+func (x *exchange) originError(err error) *statusError {
+	host := x.req.URL.Authority
+	var lookup *net.DNSError
+	switch {
+	case errors.As(err, &lookup) && lookup.IsNotFound && x.req.Direct:
+		return &statusError{404, "there is neither a file nor a host for " + x.req.Target}
+	case errors.As(err, &lookup) && lookup.IsNotFound:
+		return &statusError{502, host + ": no such host"}
+	case os.IsTimeout(err):
+		return &statusError{504, fmt.Sprintf("%s: %v", host, err)}
+	}
+	return &statusError{502, fmt.Sprintf("%s: %v", host, err)}
+}
+
+// admit decides whether this client may make this request.
 func (x *exchange) admit() error {
 	ip := x.client.from()
 	allowed := x.allow.hasAddress(ip)
@@ -452,7 +460,7 @@ func (x *exchange) answerAsServer() (*Response, error) {
 		if x.auth == "" && !x.client.from().IsLoopback() {
 			return nil, errorf(403, "without -auth this page is for this machine only")
 		}
-		return x.page(200, "text/html; charset=utf-8", x.journal.statusPage(x.store)), nil
+		return x.page(200, "text/html; charset=utf-8", x.journal.statusPage(x.cache)), nil
 	case name == "/proxy.pac":
 		return x.page(200, "application/x-ns-proxy-autoconfig", fmt.Sprintf(pac, x.req.Host)), nil
 	}
@@ -536,7 +544,7 @@ func (x *exchange) localFile(escaped string) *Response {
 // A config is the command line.
 type config struct {
 	address string // to listen on
-	cache   CacheConfig
+	caching CacheConfig
 	files   *os.Root // nil if no files are served
 	auth    string   // user:password in Base64, as clients send it; empty if none is needed
 	allow   hostList // clients
@@ -549,13 +557,13 @@ type config struct {
 // address. For -h and -version it prints what they ask for, and ends the
 // program.
 func parseFlags(args []string) (config, error) {
-	c := config{now: time.Now, cache: CacheConfig{limit: 1 << 30, now: time.Now}}
+	c := config{now: time.Now, caching: CacheConfig{limit: 1 << 30, now: time.Now}}
 	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	flags.StringVar(&c.cache.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"),
+	flags.StringVar(&c.caching.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"),
 		"`directory` of the cache")
 	flags.Func("size", "most `bytes` that the cache holds, as 500M or 10G (default 1G)", c.setSize)
-	flags.IntVar(&c.cache.uses, "uses", 1, "store a response from the `n`th request in 10 minutes on")
+	flags.IntVar(&c.caching.uses, "uses", 1, "store a response from the `n`th request in 10 minutes on")
 	flags.Func("ttl", "`duration`, as 10m, for which a response is fresh, at least, that does not tell",
 		c.setTTL)
 	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
@@ -598,13 +606,13 @@ func (c *config) complete(files string) error {
 		c.address = "127.0.0.1:" + cmp.Or(c.address, "8899")
 	}
 	_, port, err := net.SplitHostPort(c.address)
-	_, noPort := strconv.ParseUint(port, 10, 16)
+	_, portError := strconv.ParseUint(port, 10, 16)
 	switch {
-	case cmp.Or(err, noPort) != nil:
+	case cmp.Or(err, portError) != nil:
 		return fmt.Errorf("neither a port nor host:port: %q", c.address)
-	case c.cache.dir == "":
+	case c.caching.dir == "":
 		return errors.New("-cache must name a directory")
-	case c.cache.uses < 1:
+	case c.caching.uses < 1:
 		return errors.New("-uses must be at least 1")
 	case len(c.allow.names)+len(c.deny.names) > 0:
 		return errors.New("-allow and -deny take addresses and CIDRs, not names")
@@ -626,14 +634,14 @@ func (c *config) setSize(s string) error {
 	if err != nil || shift < 0 || n < 0 || n > maxLength>>shift {
 		return errors.New("a size looks like 5000, 500M or 10G")
 	}
-	c.cache.limit = n << shift
+	c.caching.limit = n << shift
 	return nil
 }
 
 // setTTL reads -ttl. The flag package would only say "parse error".
 func (c *config) setTTL(s string) (err error) {
-	c.cache.ttl, err = time.ParseDuration(s)
-	if err != nil || c.cache.ttl < 0 {
+	c.caching.ttl, err = time.ParseDuration(s)
+	if err != nil || c.caching.ttl < 0 {
 		return errors.New("a duration looks like 90s, 10m or 1h30m")
 	}
 	return nil
@@ -754,8 +762,8 @@ type journal struct {
 	saved      int64 // those of hits
 }
 
-// log writes a line in Squid's native format, and counts. To look at the
-// status page is not to be seen on it.
+// log writes a line in Squid's native format, and counts. Views of the status
+// page itself are not counted.
 func (x *exchange) log() {
 	now, sent := x.now(), x.client.bytesSent()-x.before
 	outcome, status, kind, asked := string(x.status.Outcome), 0, "", "HIER_NONE/-"

@@ -73,7 +73,7 @@ func startOn(t testing.TB, address, dir string, flags ...string) *testProxy {
 	}
 	p := &testProxy{t: t, dir: dir, log: new(buffer), ahead: new(atomic.Int64)}
 	config.now = func() time.Time { return time.Now().Add(time.Duration(p.ahead.Load())) }
-	config.cache.now = config.now
+	config.caching.now = config.now
 	listener, err := net.Listen("tcp", address)
 	if err != nil {
 		t.Fatal(err)

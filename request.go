@@ -142,10 +142,10 @@ func (c *conn) readHead(response bool, parseLine func(string) error) (Header, er
 	}
 	lines.tooLong = 431
 	header := lines.header(response)
-	if os.IsTimeout(lines.err) {
+	if os.IsTimeout(lines.err) && !response {
 		lines.err = errorf(408, "the head has not come within %v", headWait)
 	}
-	c.moves.CompareAndSwap(maxLength, 0) // progress moves the deadline again
+	c.nextMove.CompareAndSwap(never, 0) // progress moves the deadline again
 	return header, lines.err
 }
 
@@ -191,7 +191,7 @@ func newBody(c *conn, framing framing) *body {
 		b.whole.Store(true)
 	case chunked:
 		b.left = 0
-		b.lines = lineReader{in: c.in, room: maxHead, tooLong: 400, strict: true}
+		b.lines = lineReader{in: c.in, room: maxHead, tooLong: 400, crlf: true}
 	case untilClose:
 		b.left = maxLength
 	}
@@ -264,15 +264,15 @@ func (b *body) checkFirstChunk() error {
 	}
 	err := b.nextChunk()
 	if b.whole.Load() {
-		b.framing = 0
+		b.framing = 0 // it is empty, and is sent on with Content-Length: 0
 	}
 	return err
 }
 
-// sendError returns what keeps the body from having been sent to an origin. A
+// uploadError returns what keeps the body from having been sent to an origin. A
 // response may be a moment ahead of the last byte of the request, so that is
 // given a tenth of a second.
-func (b *body) sendError() error {
+func (b *body) uploadError() error {
 	if b.upload == nil {
 		return nil
 	}
@@ -286,16 +286,18 @@ func (b *body) sendError() error {
 }
 
 // consumed reports whether the body has been read to its end, so that the
-// next message follows on the connection.
-func (b *body) consumed() bool { return b.sendError() == nil && b.whole.Load() }
+// next message follows on the connection. It may take a tenth of a second.
+func (b *body) consumed() bool { return b.uploadError() == nil && b.whole.Load() }
 
-// feeds names the connection that the body's bytes go to. It is flushed
-// whenever reading the body may have to wait: small pieces leave together,
-// and none of them waits for the next.
-func (b *body) feeds(to flusher) { b.c.feeds = to }
+// A waiter is a body that may have to wait for more. Before it does, it flushes
+// the connection that its bytes are copied to: small pieces leave together, and
+// none of them waits for the next.
+type waiter interface{ flushBeforeWait(to flusher) }
 
 // A flusher sends at once what has been written to it.
 type flusher interface{ Flush() error }
+
+func (b *body) flushBeforeWait(to flusher) { b.c.beforeWait = to }
 
 // writeResponse sends a client the answer to req: the head, and then the body
 // as it comes. It returns an error if the client does not get all of it. It
@@ -344,8 +346,8 @@ func writeResponse(c *conn, req *Request, res *Response, keep bool) (bool, error
 // writeBody sends a body of length bytes, or of unknown length (-1), each
 // piece as it comes.
 func writeBody(c *conn, from io.Reader, length int64, chunks bool) (err error) {
-	if source, waits := from.(interface{ feeds(flusher) }); waits {
-		source.feeds(c)
+	if source, waits := from.(waiter); waits {
+		source.flushBeforeWait(c)
 	}
 	var to io.Writer = c
 	if chunks {
@@ -354,7 +356,7 @@ func writeBody(c *conn, from io.Reader, length int64, chunks bool) (err error) {
 	if _, inMemory := from.(io.WriterTo); inMemory || length < 0 {
 		_, err = io.Copy(to, from)
 	} else {
-		_, err = io.CopyN(to, from, length) // takes no buffer of 32 KiB for a body of 1
+		_, err = io.CopyN(to, from, length) // Copy takes 32 KiB of memory for a body of 1 KiB
 	}
 	if err == nil && chunks {
 		_, err = c.Write([]byte("0\r\n\r\n"))
@@ -461,7 +463,7 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 	}
 	if err != nil {
 		c.Close()
-		if broken := req.Body.sendError(); isStatusError(broken) {
+		if broken := req.Body.uploadError(); isStatusError(broken) {
 			return nil, broken // the client's fault
 		}
 		if isStatusError(err) {
@@ -470,8 +472,8 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 		return nil, err
 	}
 
-	// Who authenticates a connection (RFC 4559) does so for one user. And who
-	// sends two lengths may mean either.
+	// An origin that authenticates a connection does so for one user (RFC 4559).
+	// A response with two lengths may have meant either.
 	reusable := unsent == nil && keepsAlive(res.Proto, res.Header) &&
 		!authenticatesConnection(req.Header, "Authorization") &&
 		!authenticatesConnection(res.Header, "WWW-Authenticate") &&
@@ -494,11 +496,11 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 // connection back, and may be called while another goroutine reads.
 type originBody struct {
 	*body
-	release func()
+	giveBack func()
 }
 
 func (b originBody) Close() error {
-	b.release()
+	b.giveBack()
 	return nil
 }
 
@@ -538,7 +540,7 @@ func (p *originPool) take(authority string) *conn {
 
 // put keeps a connection for the next request.
 func (p *originPool) put(c *conn, authority string) {
-	c.feeds = nil
+	c.beforeWait = nil
 	p.Lock()
 	p.idle = append(p.idle, idleConn{c, authority, time.Now()})
 	p.Unlock()
@@ -594,7 +596,7 @@ func dial(authority string, permit func(netip.Addr) error) (*conn, error) {
 func join(a, b *conn, guard func(func())) {
 	for _, c := range []*conn{a, b} {
 		c.limit = tunnelWait
-		c.moves.Store(0)
+		c.nextMove.Store(0)
 	}
 	done := make(chan struct{})
 	go guard(func() {
@@ -619,14 +621,14 @@ func pipe(to, from *conn) {
 // waits for longer than limit. Small writes are gathered until Flush.
 type conn struct {
 	net.Conn
-	peer  netip.Addr // whom it leads to
-	in    *bufio.Reader
-	out   []byte        // written, but not yet sent
-	err   error         // what ended writing
-	sent  int64         // bytes
-	feeds flusher       // is flushed before a read that may wait; may be nil
-	limit time.Duration // the longest time without progress
-	moves atomic.Int64  // when the deadline is to be moved next, in Unix nanoseconds
+	peer       netip.Addr // whom it leads to
+	in         *bufio.Reader
+	out        []byte        // written, but not yet sent
+	err        error         // what ended writing
+	sent       int64         // bytes
+	beforeWait flusher       // is flushed before a read that may wait; may be nil
+	limit      time.Duration // the longest time without progress
+	nextMove   atomic.Int64  // when the deadline is to be moved next, in Unix nanoseconds
 }
 
 // newConn takes a connection over.
@@ -649,15 +651,15 @@ func (c *conn) tcp() *net.TCPConn { return c.Conn.(*net.TCPConn) }
 // from now on. It does so only once in a sixteenth of that, as it costs 0.3 µs.
 func (c *conn) progress() {
 	now := time.Now()
-	if now.UnixNano() >= c.moves.Load() {
-		c.moves.Store(now.Add(c.limit / 16).UnixNano())
+	if now.UnixNano() >= c.nextMove.Load() {
+		c.nextMove.Store(now.Add(c.limit / 16).UnixNano())
 		c.SetDeadline(now.Add(c.limit + c.limit/16))
 	}
 }
 
 func (c *conn) Read(p []byte) (int, error) {
-	if c.feeds != nil {
-		c.feeds.Flush() // an error comes back from the next Write there
+	if c.beforeWait != nil {
+		c.beforeWait.Flush() // an error comes back from the next Write there
 	}
 	c.progress()
 	return c.Conn.Read(p)
@@ -704,7 +706,7 @@ func (c *conn) writeHead(line string, headers ...Header) {
 // be whole within headWait, however its bytes trickle in: progress does not
 // move that deadline.
 func (c *conn) awaitHead() error {
-	c.feeds = nil
+	c.beforeWait = nil
 	if _, err := c.in.Peek(1); os.IsTimeout(err) {
 		return err
 	} else if err != nil {
@@ -712,7 +714,7 @@ func (c *conn) awaitHead() error {
 	}
 	buffered, _ := c.in.Peek(c.in.Buffered())
 	if !bytes.Contains(buffered, []byte("\r\n\r\n")) {
-		c.moves.Store(maxLength)
+		c.nextMove.Store(never)
 		c.SetDeadline(time.Now().Add(headWait))
 	}
 	return nil
@@ -737,7 +739,8 @@ const (
 	maxGathered = 4 << 10          // bytes that are copied to be sent with others
 	maxPiece    = 256 << 10        // bytes that a reader has to take within stallWait
 	maxDrained  = 1 << 20          // bytes that are read and dropped before a close
-	maxLength   = 1<<63 - 1        // bytes of a body; also a time that never comes
+	maxLength   = 1<<63 - 1        // bytes of a body
+	never       = 1<<63 - 1        // a time, in Unix nanoseconds
 	dialWait    = 10 * time.Second // for a connection to an origin
 	headWait    = 30 * time.Second // for a head, from its first byte to its last
 	stallWait   = 60 * time.Second // without any progress, and for idle connections
@@ -751,7 +754,7 @@ type lineReader struct {
 	in      *bufio.Reader
 	room    int  // bytes that lines may still take
 	tooLong int  // the status code when there is no room left
-	strict  bool // refuse a line that ends in LF alone
+	crlf    bool // refuse a line that ends in LF alone
 	err     error
 }
 
@@ -780,7 +783,7 @@ func (r *lineReader) next() string {
 		r.err = errorf(r.tooLong, "more than %d bytes in front of the body", maxHead)
 	case !isLine:
 		r.err = err
-	case r.strict && !isCRLF:
+	case r.crlf && !isCRLF:
 		r.err = badRequest("a line that does not end in CR LF: %+.200q", line)
 	case slices.ContainsFunc([]byte(line), isControl):
 		r.err = badRequest("a control character in a line: %+.200q", line)
@@ -985,7 +988,7 @@ func authenticatesConnection(h Header, name string) bool {
 	return slices.ContainsFunc(h.Values(name), connectionScheme.MatchString)
 }
 
-var connectionScheme = regexp.MustCompile("(?i)^(NTLM|Negotiate)( |$)")
+var connectionScheme = regexp.MustCompile(`(?i)^(NTLM|Negotiate)(\s|$)`)
 
 // isInner reports whether an address leads to this machine itself, or to what
 // only its own link reaches: cloud providers answer with a machine's
