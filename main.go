@@ -860,10 +860,12 @@ func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }
 const statusPage = `<!DOCTYPE html><html lang=en><meta charset=utf-8><title>proxy on %[1]s</title>
 <meta name=viewport content="width=device-width"><meta name=color-scheme content="light dark">
 <meta http-equiv=refresh content=5><link rel=icon href=data:,><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:64em;margin:auto;padding:1em;overflow-wrap:anywhere}
-table{border-collapse:collapse;width:100%%}td{padding:.2em 1em .2em 0;vertical-align:top}
-tr{border-bottom:1px solid #8884}td:last-child{width:60%%}meter{width:100%%;max-width:20em}
-@media(max-width:45em){td{display:inline-block}td:last-child{display:block;width:auto}}</style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:64em;margin:auto;padding:1em}
+h1,h2{line-height:1.2}h2{font-size:1.2em;margin:1.5em 0 .3em}table{border-collapse:collapse;width:100%%}
+tr{border-bottom:1px solid #8884}td{padding:.2em 1.2em .2em 0;vertical-align:top;white-space:nowrap}
+td:last-child{width:99%%;padding-right:0;white-space:normal;overflow-wrap:anywhere}
+@media(max-width:45em){tr{display:block;padding:.3em 0}td{display:inline-block;padding-block:0}
+td:last-child{width:auto}}</style>
 <h1>proxy on %[1]s</h1><p>Since %[2]s: %[3]s.
 <p>The cache holds %[4]d files, %.1[5]f of at most %.1[6]f MiB.
 <h2>Busiest hosts of the last %[7]d requests</h2><table>%[8]s</table>
