@@ -1423,10 +1423,19 @@ func (c *Cache) trim(full bool) {
 		case err != nil:
 		case stray && c.now().Sub(info.ModTime()) > strayWait:
 			root.Remove(name.Name())
-		case !stray && isOurs(root, name.Name()):
+		case !stray && strings.ContainsAny(name.Name()[1:], "_+"): // as the names of ours do
 			files = append(files, info)
 			size += info.Size()
 		}
+	}
+	if full || size > c.limit { // then it is worth opening each to see whose it is
+		files = slices.DeleteFunc(files, func(info fs.FileInfo) bool {
+			foreign := !isOurs(root, info.Name())
+			if foreign {
+				size -= info.Size()
+			}
+			return foreign
+		})
 	}
 	enough := c.limit
 	if full {
