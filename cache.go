@@ -46,8 +46,8 @@ type Cache struct {
 
 	sync.Mutex // for what follows, and for renaming files
 	downloads  map[key]*download
-	unshared   tally // what could not be stored: nobody waits for another who fetches it
-	misses     tally // where they are counted
+	unshared   tally // responses that could not be stored: nobody waits for another one's
+	misses     tally // counted if -uses asks for that
 	files      int64 // in the directory, and
 	size       int64 // their bytes
 }
@@ -56,8 +56,8 @@ type Cache struct {
 type CacheConfig struct {
 	dir        string
 	limit      int64            // bytes that the directory may hold
-	ttl        time.Duration    // for how long a response is fresh, at least, that does not tell
-	uses       int              // store a response from that GET on, within usesWindow
+	ttl        time.Duration    // how long a response is fresh, at least, that does not say so itself
+	uses       int              // store a response from that request on, within usesWindow
 	shareInner bool             // whether responses from inner addresses may be stored
 	now        func() time.Time // the clock
 	warn       func(error)      // tells the operator what is wrong
@@ -255,8 +255,8 @@ type content interface {
 	io.Closer
 }
 
-// A memoryContent is the body itself. Who reads it keeps it from being garbage,
-// so that it counts for as long as it takes memory.
+// A memoryContent is the body itself. A reader keeps it from being collected as
+// garbage, so that it counts for as long as it takes up memory.
 type memoryContent struct{ body []byte }
 
 func (m *memoryContent) Close() error { return nil }
@@ -379,15 +379,17 @@ func (t *transaction) open(k key) *Entry {
 	if full {
 		t.memory.Clear() // to read them again is cheap
 	}
-	if t.version == t.Cache.version.Load() {
+	// It must not hide a newer one, stored since or on its way.
+	if t.version == t.Cache.version.Load() && t.downloads[k] == nil {
 		t.memory.Store(k, &kept)
 	}
 	return e
 }
 
-// claim makes the caller the one who fetches, unless another does already: it
-// then returns that one's download. It returns none if something has been
-// stored or removed since the look-up, which had better be repeated.
+// claim makes the caller the one who fetches for all. If another request does
+// so already, it returns the download of that one, which is not mine. It returns
+// no download if something has been stored or removed since the look-up: then
+// that had better be repeated.
 func (t *transaction) claim() (d *download, mine bool) {
 	t.Lock()
 	defer t.Unlock()
@@ -402,9 +404,9 @@ func (t *transaction) claim() (d *download, mine bool) {
 	return d, true
 }
 
-// wait waits until it is known what another one's download brings, and reports
-// whether to look for that. Nobody waits for what may not be meant for all, and
-// nobody for longer than joinWait.
+// wait waits until it is known what the download of another request brings, and
+// reports whether it is worth looking for that. A request does not wait for what
+// may not be meant for all, and never for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
 	t.Lock()
 	unshared := t.unshared.sum(t.key, unsharedWait, t.now()) > 0
@@ -499,6 +501,7 @@ func (t *transaction) keep(d *download, res *Response) content {
 	case d == nil:
 		return nil
 	}
+
 	e := t.newEntry(res)
 	file, err := t.create(e)
 	if err != nil {

@@ -457,8 +457,8 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 	for n := 1; err == nil && res.Status < 200; n++ {
 		interim(res)
 		res, content, err = readResponse(c, req.Method)
-		if n == maxInterim {
-			err = cmp.Or(err, errors.New("its interim responses do not end"))
+		if n == maxInterim && err == nil && res.Status < 200 {
+			err = errors.New("its interim responses do not end")
 		}
 	}
 	if err != nil {
