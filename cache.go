@@ -339,8 +339,8 @@ func (t *transaction) find(k key) *Entry {
 }
 
 // open returns the entry in the file for a key. A damaged file is a miss, and
-// so is that of another URL, or one that would not be stored any more. A small
-// body is read into memory, as a file costs a hit 20 µs.
+// so is the file of another URL, or one that today's rules would not store. A
+// small body is read into memory: answering from a file takes 20 µs longer.
 func (t *transaction) open(k key) *Entry {
 	root, name, now := t.root.Load(), fileName(k), t.now()
 	e := readEntry(root, name)
@@ -599,7 +599,7 @@ func (c *Cache) trouble(err error) {
 // A download is a response on its way into the store. It begins as the claim
 // of the one who asks the origin, and has an entry once it is known that there
 // is something to store. Every client, also the one who caused it, reads the
-// file as it grows, at its own pace: there is none on whom the others depend.
+// file as it grows, at its own pace, and none depends on another.
 //
 // What ends too early is seen as a cut by every client, and is not stored. What
 // ends well is in its place before any client has the last byte, so whoever
@@ -672,7 +672,7 @@ func (d *download) announce(n int64) {
 }
 
 // finish puts the file in its place if the body is whole, and lets the readers
-// have the rest. If the file took no more, the first reader goes on without it.
+// have the rest. If the disk is full, the first reader goes on without the file.
 func (d *download) finish(err error) {
 	unstored := err
 	if err == nil && d.entry.Length < 0 {
@@ -824,9 +824,9 @@ const (
 	copyStep     = 8 << 20          // bytes that are copied from file to file at a time
 	memoryTrust  = time.Second      // for which memory answers without a look at the file
 	joinWait     = 5 * time.Second  // for the head of a response that another has asked for
-	unsharedWait = 2 * time.Minute  // in which nobody waits for what could not be stored
+	unsharedWait = 2 * time.Minute  // in which nobody waits for a URL that could not be stored
 	usesWindow   = 10 * time.Minute // in which the uses of a URL are counted
-	strayWait    = time.Hour        // after which a temporary file has been left by a crash
+	strayWait    = time.Hour        // age at which a temporary file must be left over from a crash
 )
 
 // An outcome says how a request was answered, in the words of Squid's log.
@@ -921,9 +921,9 @@ func wantsReload(h Header) bool {
 // (RFC 9111 §3), and whether that is of use, or else why not. It looks at the
 // header as it was received: Connection can't hide a field from it.
 //
-// A response that sets a cookie is never stored, even where it is allowed to
-// be: behind one address nobody can tell two people apart. What concerns only
-// some fields by no-cache="..." or private="..." counts for the whole (§5.2.2).
+// A response that sets a cookie is never stored, even where that is allowed:
+// behind one address nobody can tell two people apart. Where no-cache="..." or
+// private="..." names only some fields, it counts for all of them (§5.2.2).
 func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
 	h := res.Header
 	directives := cacheControl(h)
@@ -1409,9 +1409,10 @@ func (c *Cache) usage() (files, bytes int64) {
 	return c.files, c.size
 }
 
-// trim counts the files. If they are more than the limit it removes those that
-// were used least recently, and if the disk is full a quarter of them. What a
-// crash has left unfinished goes as well. Files of others neither count nor go.
+// trim counts the files. If they are more than the limit, it removes those that
+// were used least recently; if the disk is full, a quarter of them. It also
+// removes what a crash has left unfinished. Files that are not the cache's own
+// are neither counted nor removed.
 func (c *Cache) trim(full bool) {
 	c.Lock()
 	c.files, c.size = 0, 0 // what is stored meanwhile may count twice, but not be missed

@@ -511,7 +511,7 @@ func (x *exchange) withoutCookies(h Header) Header {
 	return h.Without("Set-Cookie", "Set-Cookie2", "Clear-Site-Data")
 }
 
-// Escapes in the path of a file, as %20.
+// Escapes in the path of a file, such as %20.
 var escapes = regexp.MustCompile("%[0-9A-Fa-f]{2}")
 
 // localFile answers with a file from -files, to this machine only: a regular
@@ -562,9 +562,9 @@ func parseFlags(args []string) (config, error) {
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.caching.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"),
 		"`directory` of the cache")
-	flags.Func("size", "most `bytes` that the cache holds, as 500M or 10G (default 1G)", c.setSize)
+	flags.Func("size", "most `bytes` that the cache holds, such as 500M or 10G (default 1G)", c.setSize)
 	flags.IntVar(&c.caching.uses, "uses", 1, "store a response from the `n`th request in 10 minutes on")
-	flags.Func("ttl", "`duration`, as 10m, for which a response is fresh, at least, that does not tell",
+	flags.Func("ttl", "how long a response is fresh, at least, that does not say: a `duration` such as 10m",
 		c.setTTL)
 	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
 	flags.Func("allow", "`list` of clients that may ask, beside this machine: addresses, CIDRs, @file",
@@ -818,8 +818,8 @@ func (x *exchange) subject() string {
 	return "error:invalid-request"
 }
 
-// printable makes one field of the log of what a client or an origin has sent.
-// It escapes what could be taken for another field or line of the log.
+// printable turns what a client or an origin sent into one field of the log. It
+// escapes what could be taken for another field or line.
 func printable(s string) string {
 	strange := func(c rune) bool { return c <= ' ' || c > '~' || c == '"' }
 	if s == "" {
@@ -839,8 +839,8 @@ func printable(s string) string {
 	return string(b)
 }
 
-// flush writes the log out, and returns what it counts. After an error, such
-// as a full disk, the next lines are written as if nothing had been.
+// flush writes the log out, and returns a summary of what has been counted.
+// After an error, such as a full disk, it begins afresh with the next lines.
 func (j *journal) flush() string {
 	j.Lock()
 	defer j.Unlock()

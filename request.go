@@ -425,8 +425,8 @@ func (p *originPool) hasSent(req *Request) bool {
 // back. Interim responses go to interim. An address is only dialed if permit
 // returns no error for it.
 //
-// Only what may be sent twice (RFC 9110 §9.2.2) goes over an idle connection,
-// and then once more over a new one if the origin was just closing that.
+// An idle connection is only used for a request that may be sent twice (RFC
+// 9110 §9.2.2): if the origin was just closing it, a new one is tried.
 func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
 	interim func(*Response)) (*Response, error) {
 	idempotent := slices.Contains([]string{"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}, req.Method)
@@ -504,10 +504,10 @@ func (b originBody) Close() error {
 	return nil
 }
 
-// startUpload begins to send the body of a request, beside the response that
-// may already be coming back. If the body breaks off the connection is closed,
-// as a part must not be taken for the whole. But where the origin takes no
-// more of it, its response may still be on the way.
+// startUpload begins to send the body of a request, while the response may
+// already be coming back. If the body breaks off, the connection is closed: a
+// part must not be taken for the whole. If the origin stops reading, its
+// response may still be on the way.
 func (p *originPool) startUpload(to *conn, from *body) {
 	from.upload = make(chan error, 1)
 	go p.guard(func() {
@@ -1072,7 +1072,7 @@ var hopByHop = []string{"Connection", "Content-Length", "Keep-Alive", "Proxy-Aut
 	"Transfer-Encoding", "Upgrade"}
 
 // The fields that Connection cannot make hop-by-hop. Routing and caching need
-// them, and who names them there is up to something.
+// them; a message that names them there is an attack.
 var alwaysEndToEnd = []string{"Host", "Via", "Max-Forwards", "Cache-Control", "Vary"}
 
 // endToEnd returns the fields that are to be passed on, without some more. It
