@@ -175,7 +175,9 @@ func (p *proxy) serve(listener net.Listener) {
 	}
 }
 
-// serveClient answers the requests of one connection, one after another.
+// serveClient answers the requests of one connection, one after another. A
+// client may send several before it reads the first response: they are
+// answered in their order.
 func (p *proxy) serveClient(c *conn) {
 	defer c.Close()
 	for keep := true; keep && !p.closing.Load(); {
@@ -251,7 +253,8 @@ func (x *exchange) answer() (*Response, error) {
 	return x.fetch(x.req)
 }
 
-// fetch answers a request from the cache, or with the help of its origin.
+// fetch answers a request from the cache, or with the help of its origin, and
+// adds to the response by whom and how that was done.
 func (x *exchange) fetch(req *Request) (*Response, error) {
 	// Max-Forwards limits how far OPTIONS goes (RFC 9110 §7.6.2).
 	hops, err := strconv.ParseUint(req.Get("Max-Forwards"), 10, 62)
@@ -286,7 +289,8 @@ func (x *exchange) askOrigin(req *Request) (*Response, error) {
 	return res, nil
 }
 
-// passInterim passes on what comes before the final response.
+// passInterim passes on what comes before the final response, such as Early
+// Hints (103). Clients of HTTP/1.0 know no such thing.
 func (x *exchange) passInterim(res *Response) {
 	if x.req.Proto != "HTTP/1.0" {
 		res.Header = append(x.withoutCookies(res.Header), x.origins.via(res.Proto))
@@ -295,6 +299,7 @@ func (x *exchange) passInterim(res *Response) {
 }
 
 // tunnel joins the client with the host that it names, until both have ended.
+// What goes through it is not looked at; most of it is HTTPS.
 func (x *exchange) tunnel() (*Response, error) {
 	x.status.Outcome = miss
 	origin, err := dial(x.req.URL.Authority, x.mayDial)
@@ -564,7 +569,7 @@ func parseFlags(args []string) (config, error) {
 		"`directory` of the cache")
 	flags.Func("size", "most `bytes` that the cache holds, such as 500M or 10G (default 1G)", c.setSize)
 	flags.IntVar(&c.caching.uses, "uses", 1, "store a response from the `n`th request in 10 minutes on")
-	flags.Func("ttl", "how long a response is fresh, at least, that does not say: a `duration` such as 10m",
+	flags.Func("ttl", "`duration`, such as 10m, of freshness, at least, of what does not say so itself",
 		c.setTTL)
 	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
 	flags.Func("allow", "`list` of clients that may ask, beside this machine: addresses, CIDRs, @file",
