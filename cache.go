@@ -81,9 +81,10 @@ type transaction struct {
 	status  CacheStatus
 }
 
-// roundTrip answers a request from the store where it may, and else with what
-// ask brings from the origin, which is stored on the way if that is allowed.
-// The status tells how, as far as it got if there is an error.
+// roundTrip answers a request from the store if it may. Otherwise it calls ask,
+// which sends a request to its origin, and stores the response if that is
+// allowed. The status tells how the request was answered or, with an error, how
+// far it got.
 func (c *Cache) roundTrip(req *Request, ask func(*Request) (*Response, error)) (
 	*Response, CacheStatus, error) {
 	t := &transaction{Cache: c, req: req, ask: ask, sent: req.endToEnd()}
@@ -113,15 +114,15 @@ func (t *transaction) respond() (*Response, error) {
 		if fresh {
 			return t.serveStored(), nil
 		}
-		if isGrowing(t.stored) || t.req.Method == "HEAD" || !t.due() {
+		if t.stored != nil && t.stored.isGrowing() || t.req.Method == "HEAD" || !t.due() {
 			return t.forward(nil, why)
 		}
-		d, mine := t.claim()
-		if mine {
+		switch d, mine := t.claim(); {
+		case mine:
 			defer t.release(d)
 			return t.forward(d, why)
-		}
-		if d != nil && !t.wait(d) { // without one it is to look again at once
+		case d == nil: // the store has changed: look again at once
+		case !t.wait(d):
 			return t.forward(nil, why)
 		}
 		t.drop()
@@ -130,11 +131,10 @@ func (t *transaction) respond() (*Response, error) {
 
 // serveStored answers with what is stored, as it is.
 func (t *transaction) serveStored() *Response {
-	e := t.stored
-	t.stored = nil
+	e := t.take()
 	t.status.TTL = e.lifetime - t.asked.Sub(e.born)
 	t.status.Outcome = e.hit
-	if isGrowing(e) {
+	if e.isGrowing() {
 		t.status.Collapsed = true
 		t.status.Forward = "uri-miss"
 	}
@@ -185,11 +185,11 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 		t.invalidateBy(res)
 	}
 	if body := t.keep(d, res); body != nil {
-		req.Header = t.req.Header
-		if !validates {
-			req.Header = req.Without("If-Modified-Since") // the origin has looked at that
+		client := *t.req
+		if !validates { // the origin has already evaluated the client's own date
+			client.Header = client.Without("If-Modified-Since")
 		}
-		tailor(res, &req, body)
+		tailor(res, &client, body)
 	}
 	return res, nil
 }
@@ -214,7 +214,7 @@ func (t *transaction) renew(d *download, validation *Response) (*Response, error
 	if body == nil {
 		body = old.content
 	}
-	t.stored = nil
+	t.take() // the response closes the content
 	for _, f := range validation.Header {
 		if equalFold(f.Name, "Set-Cookie") {
 			res.Header = append(res.Header, f) // for this client alone
@@ -224,11 +224,17 @@ func (t *transaction) renew(d *download, validation *Response) (*Response, error
 	return &res, nil
 }
 
+// take hands over the stored entry, whose content the caller has to close.
+func (t *transaction) take() *Entry {
+	e := t.stored
+	t.stored = nil
+	return e
+}
+
 // drop lets go of an entry that is of no use.
 func (t *transaction) drop() {
 	if t.stored != nil {
-		t.stored.content.Close()
-		t.stored = nil
+		t.take().content.Close()
 	}
 }
 
@@ -247,9 +253,9 @@ type Entry struct {
 	content        content
 }
 
-// A content is where the body of an entry is. Close says that nobody wants it.
-// Else section returns a reader of n bytes from off on, or of all of them to
-// the end if n is -1, and closing that reader closes the content.
+// A content holds the body of an entry. Its owner calls Close if the body is not
+// needed. Otherwise it calls section for a reader of n bytes from offset off on,
+// or to the end if n is -1; closing that reader closes the content.
 type content interface {
 	section(off, n int64) io.ReadCloser
 	io.Closer
@@ -270,16 +276,14 @@ type memorySection struct {
 	*memoryContent
 }
 
-// isGrowing reports whether an entry, which may be nil, is still on its way.
-func isGrowing(e *Entry) bool {
-	if e == nil {
-		return false
-	}
+// isGrowing reports whether an entry is still on its way.
+func (e *Entry) isGrowing() bool {
 	_, growing := e.content.(*follower)
 	return growing
 }
 
-// fileContent is what stands in a file from start on.
+// A fileContent is what stands in a file from start on. Only what section returns
+// can be read; elsewhere the SectionReader is nil.
 type fileContent struct {
 	*io.SectionReader
 	file  *os.File
@@ -292,13 +296,15 @@ func (f fileContent) section(off, n int64) io.ReadCloser {
 	return fileContent{io.NewSectionReader(f.file, f.start+off, n), f.file, f.start + off}
 }
 
-// lookup finds what the request selects (RFC 9111 §4.1), and reports whether
-// that is fresh, or else why the origin has to be asked. The URL's own file
-// has one of the variants, and its Vary says how they are told apart. The name
-// of any other has a hash of that and of the generation, a random text which
-// is new in each first file of a URL: so invalidation hides the variants, too.
+// lookup finds the stored response that the request selects (RFC 9111 §4.1). It
+// reports whether that may answer as it is, or else why the origin must be asked.
+//
+// The first variant of a URL has the plain name of the URL. Its Vary field says
+// which request fields tell the variants apart, and its Generation is a random
+// text. The name of any other variant ends in a hash of those fields and of
+// that text. So removing the first file makes all of them unreachable.
 func (t *transaction) lookup() (fresh bool, why reason) {
-	t.key = key{url: strings.TrimPrefix(t.req.URL.String(), "http://")}
+	t.key = key{url: t.req.URL.Host() + t.req.URL.Path}
 	t.version = t.Cache.version.Load()
 	t.stored = t.find(t.key)
 	why = "uri-miss"
@@ -306,7 +312,7 @@ func (t *transaction) lookup() (fresh bool, why reason) {
 		why = "vary-miss"
 		selecting := selectingFields(t.stored.Header, t.sent)
 		hash := sha256.Sum256(fmt.Appendf(nil, "%q%q", t.stored.request.Get("Generation"), selecting))
-		t.key.variant = fmt.Sprintf("~%.8x", hash)
+		t.key.variant = fmt.Sprintf("~%x", hash[:8])
 		t.drop()
 		t.stored = t.find(t.key)
 		if t.stored != nil && !t.stored.selectedBy(t.sent) {
@@ -386,10 +392,10 @@ func (t *transaction) open(k key) *Entry {
 	return e
 }
 
-// claim makes the caller the one who fetches for all. If another request does
-// so already, it returns the download of that one, which is not mine. It returns
-// no download if something has been stored or removed since the look-up: then
-// that had better be repeated.
+// claim decides who asks the origin. It returns a new download and true if this
+// request does, and the download of another request and false if that one
+// already does. It returns nil and false if the store has changed since the
+// look-up: the caller must look again.
 func (t *transaction) claim() (d *download, mine bool) {
 	t.Lock()
 	defer t.Unlock()
@@ -397,8 +403,8 @@ func (t *transaction) claim() (d *download, mine bool) {
 	if d != nil || t.version != t.Cache.version.Load() {
 		return d, false
 	}
-	d = &download{cache: t.Cache, key: t.key, began: time.Now(), firstReads: true}
-	d.known = make(chan struct{})
+	d = &download{cache: t.Cache, key: t.key, began: time.Now(), known: make(chan struct{}),
+		firstReads: true}
 	d.grew.L = &d.mu
 	t.downloads[t.key] = d
 	return d, true
@@ -409,7 +415,7 @@ func (t *transaction) claim() (d *download, mine bool) {
 // may not be meant for all, and never for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
 	t.Lock()
-	unshared := t.unshared.sum(t.key, unsharedWait, t.now()) > 0
+	unshared := t.unshared.counts[t.key] > 0 && t.now().Sub(t.unshared.began) <= unsharedWait
 	t.Unlock()
 	part := t.stored == nil && t.req.Has("Range") // which the origin may send at once
 	if unshared || part || t.req.Has("Authorization") || wantsReload(t.req.Header) {
@@ -469,15 +475,7 @@ type tally struct {
 	counts map[key]int
 }
 
-// sum returns how often a key has been added in the current window.
-func (t *tally) sum(k key, window time.Duration, now time.Time) int {
-	if now.Sub(t.began) > window {
-		return 0
-	}
-	return t.counts[k]
-}
-
-// add counts a key once more, and returns the sum.
+// add counts a key once more, and returns how often that was done in the window.
 func (t *tally) add(k key, window time.Duration, now time.Time) int {
 	if now.Sub(t.began) > window || len(t.counts) >= maxKeys {
 		*t = tally{now, map[key]int{}}
@@ -671,32 +669,34 @@ func (d *download) announce(n int64) {
 	}
 }
 
-// finish puts the file in its place if the body is whole, and lets the readers
-// have the rest. If the disk is full, the first reader goes on without the file.
-func (d *download) finish(err error) {
-	unstored := err
-	if err == nil && d.entry.Length < 0 {
-		_, unstored = d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-lengthBytes)
+// finish ends the download; copyError tells why the copying stopped early, if it
+// did. If the whole body has come, finish puts the file in its place, and else
+// removes it. Then it wakes the readers. If the file took no more and the first
+// client still reads, that one goes on with the body itself, and closes it.
+func (d *download) finish(copyError error) {
+	storeError := copyError
+	if copyError == nil && d.entry.Length < 0 {
+		_, storeError = d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-lengthBytes)
 	}
-	if unstored == nil {
-		unstored = d.commit()
+	if storeError == nil {
+		storeError = d.commit()
 	}
-	if unstored != nil {
+	if storeError != nil {
 		d.cache.Lock()
 		d.cache.forget(d)
 		d.cache.Unlock()
 		d.file.root.Remove(d.file.name)
 	}
 	if d.file.full {
-		d.cache.trouble(err)
+		d.cache.trouble(copyError)
 	}
 
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if err == nil {
+	if copyError == nil {
 		d.size = d.file.written - d.file.start
 	}
-	d.err = cmp.Or(err, io.EOF)
+	d.err = cmp.Or(copyError, io.EOF)
 	d.grew.Broadcast()
 	if !d.file.full || !d.firstReads {
 		d.body.Close()
@@ -792,8 +792,8 @@ func (f *follower) readOn(p []byte) (int, error) {
 
 var errDropped = errors.New("nobody wants it any more")
 
-// Close ends the reading. What nobody reads any more is finished if little of
-// it is left, and else dropped.
+// Close ends the reading of one client. When the last one leaves, the download
+// goes on if at most maxUnread bytes are to come, and is dropped otherwise.
 func (f *follower) Close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -890,11 +890,8 @@ func (s CacheStatus) String() string {
 // in lower case and without quotes around arguments (RFC 9111 §5.2). Some
 // origins write a semicolon between them.
 func cacheControl(h Header) (directives Header) {
-	for _, f := range h {
-		if !equalFold(f.Name, "Cache-Control") {
-			continue
-		}
-		for _, directive := range splitList(f.Value, ",;") {
+	for _, value := range h.Values("Cache-Control") {
+		for _, directive := range splitList(value, ";") {
 			name, argument, _ := strings.Cut(directive, "=")
 			directives = append(directives, Field{strings.ToLower(name), strings.Trim(argument, `"`)})
 		}
@@ -997,9 +994,10 @@ func lifetime(res *Response, ttl time.Duration) time.Duration {
 	return max(ttl, min(date.Sub(changed)/10, 7*24*time.Hour))
 }
 
-// assess works out what the header says about time (RFC 9111 §4.2). The age
-// counts from the earlier of Date and of when it was 0 by the Age field. If
-// that is still to come, the clock has been set back, and nobody knows.
+// assess sets the fields of the entry that depend on time (RFC 9111 §4.2). It was
+// born at its Date, or Age seconds before it was asked for, whichever is
+// earlier. If that lies in the future, the clock has been set back: then the age
+// is unknown, and counts as infinite.
 func (e *Entry) assess(ttl time.Duration, now time.Time) {
 	e.born = httpDate(e.request.Get("Date"))
 	if ages := e.Values("Age"); len(ages) > 0 {
@@ -1012,9 +1010,9 @@ func (e *Entry) assess(ttl time.Duration, now time.Time) {
 		e.born = time.Time{}
 	}
 	e.lifetime = lifetime(&e.Response, ttl)
-	directives := cacheControl(e.Header)
-	e.mustRevalidate = directives.Has("s-maxage") || directives.Has("must-revalidate") ||
-		directives.Has("proxy-revalidate") || directives.Has("no-cache")
+	e.mustRevalidate = slices.ContainsFunc(
+		[]string{"s-maxage", "must-revalidate", "proxy-revalidate", "no-cache"},
+		cacheControl(e.Header).Has)
 }
 
 // satisfies reports whether the entry may answer a request as it is, or else
@@ -1024,16 +1022,15 @@ func (e *Entry) satisfies(h Header, asked time.Time) (bool, reason) {
 	directives := cacheControl(h)
 	age := asked.Sub(e.born)
 	left := e.lifetime - age
+	most := directives.Get("max-stale") // empty: however stale
+	mayBeStale := directives.Has("max-stale") && !e.mustRevalidate &&
+		(most == "" || -left < seconds(most))
 	switch {
 	case wantsReload(h),
 		directives.Has("max-age") && age >= seconds(directives.Get("max-age")),
 		directives.Has("min-fresh") && left < seconds(directives.Get("min-fresh")):
 		return false, "request"
-	case left > 0:
-		return true, ""
-	case e.mustRevalidate || !directives.Has("max-stale"):
-		return false, "stale"
-	case directives.Get("max-stale") == "" || -left < seconds(directives.Get("max-stale")):
+	case left > 0 || mayBeStale:
 		return true, ""
 	}
 	return false, "stale"
@@ -1044,16 +1041,15 @@ func (e *Entry) satisfies(h Header, asked time.Time) (bool, reason) {
 // (RFC 9111 §4.2.4). For an error it must be allowed (RFC 5861 §4).
 func (e *Entry) mayStandIn(h Header, res *Response, err error, now time.Time) bool {
 	own := cacheControl(e.Header)
+	allowed := max(seconds(own.Get("stale-if-error")), seconds(cacheControl(h).Get("stale-if-error")))
+	briefly := now.Sub(e.born)-e.lifetime < allowed
 	switch {
 	case e.mustRevalidate, wantsReload(h), isStatusError(err):
 		return false
-	case err != nil && !own.Has("stale-if-error"):
-		return true
-	case err == nil && !slices.Contains([]int{500, 502, 503, 504}, res.Status):
-		return false
+	case err != nil: // there was no answer at all
+		return briefly || !own.Has("stale-if-error")
 	}
-	return now.Sub(e.born)-e.lifetime < max(seconds(own.Get("stale-if-error")),
-		seconds(cacheControl(h).Get("stale-if-error")))
+	return briefly && slices.Contains([]int{500, 502, 503, 504}, res.Status)
 }
 
 // selectingFields returns the request fields that Vary names, in one spelling
@@ -1110,11 +1106,8 @@ func withValidators(h, stored Header) Header {
 // (RFC 9111 §3.2), and cookies.
 func updated(stored, validation Header) Header {
 	newer := validation.endToEnd("Content-Encoding", "Content-Range", "Set-Cookie")
-	var names []string
-	for _, f := range newer {
-		names = append(names, f.Name)
-	}
-	return append(stored.Without(names...), newer...)
+	kept := slices.DeleteFunc(slices.Clone(stored), func(f Field) bool { return newer.Has(f.Name) })
+	return append(kept, newer...)
 }
 
 // sameTag reports whether two entity tags may mean the same representation:
@@ -1214,12 +1207,14 @@ func httpDate(s string) time.Time {
 	return time.Time{}
 }
 
+// dateField returns the Date of a message that is made at t.
+func dateField(t time.Time) Field { return Field{"Date", t.UTC().Format(dateFormat)} }
+
 // newEntry makes an entry of a response.
 func (t *transaction) newEntry(res *Response) *Entry {
 	e := &Entry{Response: *res, url: t.key.url, hit: fileHit}
 	e.Header = res.endToEnd()
-	e.request = append(Header{{"Date", t.asked.UTC().Format(dateFormat)}},
-		selectingFields(e.Header, t.sent)...)
+	e.request = append(Header{dateField(t.asked)}, selectingFields(e.Header, t.sent)...)
 	if isInner(res.Origin) {
 		e.request = append(e.request, Field{"Inner", res.Origin.String()})
 	}
@@ -1260,7 +1255,8 @@ func fileName(k key) string {
 		}
 	}
 	if len(name) > 160 {
-		name = fmt.Appendf(name[:120], "+%.16x", sha256.Sum256([]byte(k.url)))
+		hash := sha256.Sum256([]byte(k.url))
+		name = fmt.Appendf(name[:120], "+%x", hash[:16])
 	}
 	return string(name) + k.variant
 }
@@ -1350,21 +1346,16 @@ func readEntry(root *os.Root, name string) *Entry {
 	if err != nil {
 		return nil
 	}
-	info, err := file.Stat()
-	if err != nil {
-		file.Close()
-		return nil
-	}
+	info, noInfo := file.Stat()
 	req, res, start, err := readTranscript(bufio.NewReader(file))
 	length, noLength := strconv.ParseInt(res.Get("Content-Length"), 10, 64)
-	whole := info.Mode().IsRegular() && start+length == info.Size()
-	if cmp.Or(err, noLength) != nil || !whole {
+	if cmp.Or(noInfo, err, noLength) != nil || !info.Mode().IsRegular() || start+length != info.Size() {
 		file.Close()
 		return nil
 	}
 	res.Length = length
 	return &Entry{Response: *res, url: strings.TrimPrefix(req.Target, "http://"), request: req.Header,
-		weight: info.Size(), used: info.ModTime(), hit: fileHit, content: fileContent{nil, file, start}}
+		weight: info.Size(), used: info.ModTime(), hit: fileHit, content: fileContent{file: file, start: start}}
 }
 
 // newCache opens the directory, and makes sure that it can be written to.

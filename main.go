@@ -65,9 +65,9 @@ func main() {
 		log.Printf("%v (proxy -h lists the flags)", err)
 		os.Exit(2)
 	}
-	// The garbage collector runs each time the heap has doubled. These 12 MiB,
-	// which are never touched and so take no memory, make it run less often: a
-	// third more hits.
+	// The garbage collector runs each time the heap has doubled. This ballast of
+	// 12 MiB, which is never touched and so takes up no memory, makes it run less
+	// often: a third more hits per second.
 	defer runtime.KeepAlive(make([]byte, 12<<20))
 	if err := run(config); err != nil {
 		log.Fatal(err) // with status 1
@@ -101,11 +101,12 @@ func run(config config) error {
 	log.Printf("listening on %s, cache in %s", listener.Addr(), config.caching.dir)
 	p.serve(listener)
 
-	time.AfterFunc(stopWait+time.Second, func() { os.Exit(0) }) // if nobody reads the log
+	time.AfterFunc(stopWait+time.Second, func() { os.Exit(0) }) // even if nobody reads the log
 	for end := time.Now().Add(stopWait); p.active.Load() > 0 && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)
 	}
-	log.Print(p.journal.flush())
+	p.journal.flush()
+	log.Print(p.journal.summary())
 	return nil
 }
 
@@ -122,10 +123,10 @@ type proxy struct {
 	closing atomic.Bool  // the program is to stop: connections end with their exchange
 }
 
-// newProxy makes a proxy that listens on an address and logs to a writer. If
-// that address is not a loopback address, the proxy is open to the network: then
-// nothing that comes from this machine's inner addresses is kept, neither in
-// the cache nor as an idle connection, and only its own clients get it.
+// newProxy makes a proxy for the address that it listens on; the access log goes
+// to logTo. A proxy that others can reach keeps nothing from inner addresses:
+// no responses that it could serve to them, and no idle connections. Asking anew
+// is left to mayDial, which lets only clients on this machine do so.
 func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) {
 	listen := address.(*net.TCPAddr).AddrPort()
 	local := listen.Addr().Unmap().IsLoopback()
@@ -133,13 +134,15 @@ func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) 
 	config.caching.guard = guard
 	config.caching.warn = func(err error) { log.Print(err) }
 	cache, err := newCache(config.caching)
-	p := &proxy{config: config, port: int(listen.Port()), cache: cache}
-	pseudonym := "proxy-" + strings.ToLower(rand.Text()[:6])
-	p.origins = newOriginPool(pseudonym, local, guard)
-	p.journal.begun = p.now()
-	p.journal.to = logTo
-	p.journal.out = bufio.NewWriterSize(logTo, 64<<10)
-	return p, err
+	return &proxy{
+		config: config,
+		port:   int(listen.Port()),
+		cache:  cache,
+		origins: &originPool{
+			pseudonym: "proxy-" + strings.ToLower(rand.Text()[:6]), keepInner: local, guard: guard},
+		journal: journal{
+			begun: config.caching.now(), to: logTo, out: bufio.NewWriterSize(logTo, 64<<10)},
+	}, err
 }
 
 // guard does some work, and survives its bugs: whoever waits for that work
@@ -185,10 +188,10 @@ func (p *proxy) serveClient(c *conn) {
 		if err != nil && !isStatusError(err) {
 			return // e.g., the client has closed it
 		}
-		x := &exchange{proxy: p, client: c, req: req, start: p.now(), before: c.bytesSent()}
+		x := &exchange{proxy: p, client: c, req: req, start: p.cache.now(), before: c.sent}
 		keep = x.serve(err)
 	}
-	c.closeGently()
+	c.drain()
 }
 
 // An exchange is one request and what becomes of it.
@@ -204,14 +207,14 @@ type exchange struct {
 	aborted bool // the client did not get all of it
 }
 
-// serve answers the request, unless err says what is wrong with it, and reports
-// whether another may follow on the connection.
-func (x *exchange) serve(err error) (keep bool) {
+// serve answers the request, unless it is malformed, and reports whether another
+// may follow on the connection.
+func (x *exchange) serve(malformed error) (keep bool) {
 	x.active.Add(1)
 	defer x.active.Add(-1)
 	defer x.log()
 	x.status.Outcome = none
-	keep = err == nil && keepsAlive(x.req.Proto, x.req.Header)
+	err := malformed
 	if err == nil {
 		x.res, err = x.answer()
 	}
@@ -219,10 +222,11 @@ func (x *exchange) serve(err error) (keep bool) {
 		x.res = x.errorPage(err)
 	}
 	if x.status.Outcome == tunnelled {
-		return false
+		return false // both sides have ended, and there is nothing to send
 	}
 	defer x.res.Body.Close()
-	keep = keep && x.req.Body.consumed() && !x.closing.Load()
+	keep = malformed == nil && keepsAlive(x.req.Proto, x.req.Header) &&
+		x.req.Body.consumed() && !x.closing.Load()
 	keep, err = writeResponse(x.client, x.req, x.res, keep)
 	x.aborted = err != nil
 	return keep && err == nil
@@ -284,7 +288,7 @@ func (x *exchange) askOrigin(req *Request) (*Response, error) {
 	}
 	x.origin = res.Origin
 	if httpDate(res.Get("Date")).IsZero() {
-		res.Header = append(res.Without("Date"), dateField(x.now()))
+		res.Header = append(res.Without("Date"), dateField(x.cache.now()))
 	}
 	return res, nil
 }
@@ -312,7 +316,7 @@ func (x *exchange) tunnel() (*Response, error) {
 		return nil, errorf(508, "a tunnel to this proxy itself: %s", x.req.URL.Authority)
 	}
 	x.status.Outcome = tunnelled
-	x.origin = origin.from()
+	x.origin = origin.peer
 	x.client.writeHead("HTTP/1.1 200 Connection established")
 	x.client.Flush()
 	join(x.client, origin, guard)
@@ -329,14 +333,11 @@ const (
 // page makes a response of our own. Its Cross-Origin-Resource-Policy keeps
 // pages elsewhere from using it as a script or an image.
 func (x *exchange) page(status int, kind, text string) *Response {
-	h := Header{dateField(x.now()), {"Content-Type", kind},
+	h := Header{dateField(x.cache.now()), {"Content-Type", kind},
 		{"Cross-Origin-Resource-Policy", "same-origin"}}
 	return &Response{Status: status, Reason: statusText[status], Header: h,
 		Length: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
 }
-
-// dateField returns the Date of a message that is made at t.
-func dateField(t time.Time) Field { return Field{"Date", t.UTC().Format(dateFormat)} }
 
 // errorPage tells a client why it gets nothing else.
 func (x *exchange) errorPage(err error) *Response {
@@ -373,7 +374,7 @@ func (x *exchange) originError(err error) *statusError {
 
 // admit decides whether this client may make this request.
 func (x *exchange) admit() error {
-	ip := x.client.from()
+	ip := x.client.peer
 	allowed := x.allow.hasAddress(ip)
 	if !x.allow.given {
 		allowed = ip.IsPrivate() || ip.IsLinkLocalUnicast() // RFC 1918, RFC 4193
@@ -438,7 +439,7 @@ func (x *exchange) mayDial(ip netip.Addr) error {
 	if blocked {
 		return errorf(403, "%s is blocked", ip)
 	}
-	if isInner(ip) && !x.client.from().IsLoopback() {
+	if isInner(ip) && !x.client.peer.IsLoopback() {
 		return errorf(403, "%s is for clients on this machine only", ip)
 	}
 	return nil
@@ -462,7 +463,7 @@ func (x *exchange) answerAsServer() (*Response, error) {
 	case name == "*":
 		return x.page(200, "text/plain", ""), nil
 	case name == "/" && get:
-		if x.auth == "" && !x.client.from().IsLoopback() {
+		if x.auth == "" && !x.client.peer.IsLoopback() {
 			return nil, errorf(403, "without -auth this page is for this machine only")
 		}
 		return x.page(200, "text/html; charset=utf-8", x.journal.statusPage(x.cache)), nil
@@ -528,7 +529,7 @@ func (x *exchange) localFile(escaped string) *Response {
 		return string(b)
 	})
 	hidden := strings.Contains("/"+name, "/.") || strings.Contains(name, `\`)
-	if x.files == nil || hidden || !x.client.from().IsLoopback() {
+	if x.files == nil || hidden || !x.client.peer.IsLoopback() {
 		return nil
 	}
 	info, err := x.files.Stat(name)
@@ -542,7 +543,7 @@ func (x *exchange) localFile(escaped string) *Response {
 	res := x.page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
 	res.Header = append(res.Header, Field{"Last-Modified", info.ModTime().UTC().Format(dateFormat)})
 	res.Length = info.Size()
-	tailor(res, x.req, fileContent{nil, file, 0})
+	tailor(res, x.req, fileContent{file: file})
 	return res
 }
 
@@ -555,14 +556,13 @@ type config struct {
 	allow   hostList // clients
 	deny    hostList // clients
 	block   hostList // destinations
-	now     func() time.Time
 }
 
 // parseFlags reads the command line. Flags may stand before and after the
 // address. For -h and -version it prints what they ask for, and ends the
 // program.
 func parseFlags(args []string) (config, error) {
-	c := config{now: time.Now, caching: CacheConfig{limit: 1 << 30, now: time.Now}}
+	c := config{caching: CacheConfig{limit: 1 << 30, now: time.Now}}
 	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.caching.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"),
@@ -770,8 +770,11 @@ type journal struct {
 // log writes a line in Squid's native format, and counts. Views of the status
 // page itself are not counted.
 func (x *exchange) log() {
-	now, sent := x.now(), x.client.bytesSent()-x.before
-	outcome, status, kind, asked := string(x.status.Outcome), 0, "", "HIER_NONE/-"
+	now := x.cache.now()
+	sent := x.client.sent - x.before
+	outcome := string(x.status.Outcome)
+	status, kind := 0, ""
+	asked := "HIER_NONE/-"
 	if x.aborted {
 		outcome += "_ABORTED"
 	}
@@ -783,7 +786,7 @@ func (x *exchange) log() {
 		asked = "HIER_DIRECT/" + x.origin.String()
 	}
 	front := fmt.Sprintf("%d.%03d %6d %s %s/%03d %d %s ", now.Unix(), now.Nanosecond()/1e6,
-		now.Sub(x.start).Milliseconds(), x.client.from(), outcome, status, sent, printable(x.req.Method))
+		now.Sub(x.start).Milliseconds(), x.client.peer, outcome, status, sent, printable(x.req.Method))
 	back := fmt.Sprintf(" - %s %s\n", asked, printable(kind))
 	url := printable(x.subject())
 
@@ -826,31 +829,28 @@ func (x *exchange) subject() string {
 // printable turns what a client or an origin sent into one field of the log. It
 // escapes what could be taken for another field or line.
 func printable(s string) string {
-	strange := func(c rune) bool { return c <= ' ' || c > '~' || c == '"' }
-	if s == "" {
-		return "-"
-	}
-	if !strings.ContainsFunc(s, strange) {
-		return s
-	}
 	var b []byte
 	for _, c := range []byte(s) {
-		if strange(rune(c)) {
+		if c <= ' ' || c > '~' || c == '"' {
 			b = fmt.Appendf(b, "%%%02X", c)
 		} else {
 			b = append(b, c)
 		}
 	}
-	return string(b)
+	return cmp.Or(string(b), "-")
 }
 
-// flush writes the log out, and returns a summary of what has been counted.
-// After an error, such as a full disk, it begins afresh with the next lines.
-func (j *journal) flush() string {
+// flush writes the log out. After an error, such as a full disk, it begins afresh
+// with the next lines.
+func (j *journal) flush() {
 	j.Lock()
 	defer j.Unlock()
 	j.out.Flush()
 	j.out.Reset(j.to)
+}
+
+// summary tells what has been counted. The caller holds the lock.
+func (j *journal) summary() string {
 	share := j.hits * 100 / max(1, j.requests)
 	return fmt.Sprintf("%d requests, %d%% of them answered from the cache, %d tunnels, %d errors; "+
 		"%.1f MiB sent, %.1f MiB of them from the cache",
@@ -860,9 +860,9 @@ func (j *journal) flush() string {
 // mebibytes is for people: a number of bytes in MiB.
 func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }
 
-// statusPage is all of the page: no script, nothing from elsewhere, and colours
+// statusHTML is the page: no script, nothing from elsewhere, and colours
 // as the browser has them, light or dark. On a narrow screen cells flow.
-const statusPage = `<!DOCTYPE html><html lang=en><meta charset=utf-8><title>proxy on %[1]s</title>
+const statusHTML = `<!DOCTYPE html><html lang=en><meta charset=utf-8><title>proxy on %[1]s</title>
 <meta name=viewport content="width=device-width"><meta name=color-scheme content="light dark">
 <meta http-equiv=refresh content=5><link rel=icon href=data:,><style>
 body{font:15px/1.5 system-ui,sans-serif;max-width:64em;margin:auto;padding:1em}
@@ -879,7 +879,6 @@ td:last-child{width:auto}}</style>
 
 // statusPage tells how the proxy is doing.
 func (j *journal) statusPage(c *Cache) string {
-	totals := j.flush()
 	files, size := c.usage()
 	name, _ := os.Hostname()
 	outcomes, hosts, rows := map[string]int{}, map[string]int{}, ""
@@ -900,7 +899,7 @@ func (j *journal) statusPage(c *Cache) string {
 				ago, f[2], f[3], f[1], f[4], f[5], f[6])
 		}
 	}
-	return fmt.Sprintf(statusPage, html.EscapeString(name), j.begun.Format(time.DateTime), totals, files,
+	return fmt.Sprintf(statusHTML, html.EscapeString(name), j.begun.Format(time.DateTime), j.summary(), files,
 		mebibytes(size), mebibytes(c.limit), len(j.latest), ranking(hosts), ranking(outcomes), rows)
 }
 

@@ -80,8 +80,7 @@ func startOn(t testing.TB, address, dir string, flags ...string) *testProxy {
 		t.Fatal(err)
 	}
 	p := &testProxy{t: t, dir: dir, log: new(buffer), ahead: new(atomic.Int64)}
-	config.now = func() time.Time { return time.Now().Add(time.Duration(p.ahead.Load())) }
-	config.caching.now = config.now
+	config.caching.now = func() time.Time { return time.Now().Add(time.Duration(p.ahead.Load())) }
 	listener, err := net.Listen("tcp", address)
 	if err != nil {
 		t.Fatal(err)
@@ -261,7 +260,7 @@ type originPage struct {
 }
 
 func newOrigin(p *testProxy) *origin {
-	o := &origin{clock: p.now, pages: map[string]originPage{}, asked: map[string][]*http.Request{}}
+	o := &origin{clock: p.cache.now, pages: map[string]originPage{}, asked: map[string][]*http.Request{}}
 	o.Server = httptest.NewServer(o)
 	o.host = o.Listener.Addr().String()
 	p.t.Cleanup(o.CloseClientConnections)
@@ -2456,7 +2455,7 @@ func TestProgramSurvivesBugs(t *testing.T) {
 	log.SetOutput(stderr)
 	defer log.SetOutput(os.Stderr)
 	p := start(t)
-	p.now = func() time.Time { panic("bad luck") }
+	p.cache.now = func() time.Time { panic("bad luck") }
 	eq(t, "the client sees", p.say(request("http://a/", "")), "")
 	eventually(t, "it is told", func() bool { return strings.Contains(stderr.String(), "serveClient") })
 	match(t, "stderr", stderr.String(), `[^\n]*a bug, .*: bad luck\ngoroutine .*`)
@@ -2501,7 +2500,7 @@ func TestProgramLog(t *testing.T) {
 			outcome, subject, _ := strings.Cut(words.Replace(test.want), " ")
 			match(t, "line", lines[i], `\d{10}\.\d{3} +\d+ 127\.0\.0\.1 `+outcome+` \d+ `+subject)
 			seconds, _ := strconv.Atoi(lines[i][:10])
-			eq(t, "it is of now", p.now().Sub(time.Unix(int64(seconds), 0)).Abs() < patience, true)
+			eq(t, "it is of now", p.cache.now().Sub(time.Unix(int64(seconds), 0)).Abs() < patience, true)
 		})
 	}
 	n := len(p.lines(0))

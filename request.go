@@ -77,11 +77,11 @@ type statusError struct {
 // message, as an idle one may be at any time.
 var errSilent = errors.New("closed the connection without an answer")
 
-// readRequest reads the head of the next request and finds out where its body
-// ends. What two programs could read in two ways is refused and not repaired:
-// that is how requests are smuggled (RFC 9112 §11.2). With a statusError it
-// also returns what it has understood so far; any other error means that
-// there is no request to be answered.
+// readRequest reads the head of the next request and determines where its body
+// ends. A request that two programs might understand differently is refused,
+// not repaired, because request smuggling lives on such differences (RFC 9112
+// §11.2). With a statusError the request holds what was understood so far, and
+// the client is to be told. After any other error there is no request to answer.
 func readRequest(c *conn) (*Request, error) {
 	req := &Request{Body: newBody(c, untilClose)}
 	header, err := c.readHead(false, req.parseLine)
@@ -119,7 +119,7 @@ func readResponse(c *conn, method string) (*Response, *body, error) {
 		framing = 0
 	}
 	res.Header = header
-	res.Length = max(int64(framing), -1)
+	res.Length = framing.length()
 	if method == "HEAD" {
 		framing = 0
 	}
@@ -145,7 +145,7 @@ func (c *conn) readHead(response bool, parseLine func(string) error) (Header, er
 	if os.IsTimeout(lines.err) && !response {
 		lines.err = errorf(408, "the head has not come within %v", headWait)
 	}
-	c.nextMove.CompareAndSwap(never, 0) // progress moves the deadline again
+	c.nextMove.CompareAndSwap(never, 0) // from now on progress moves the deadline again
 	return header, lines.err
 }
 
@@ -170,6 +170,9 @@ const (
 	chunked    framing = -1
 	untilClose framing = -2
 )
+
+// length returns the bytes of the body, or -1 if only its end will tell.
+func (f framing) length() int64 { return max(int64(f), -1) }
 
 // A body is what follows a head, decoded from its framing. Reading it returns
 // io.EOF only when it has ended as its head promised; the error of a body
@@ -218,11 +221,11 @@ func (b *body) Read(p []byte) (int, error) {
 	return n, b.brokenBy(err)
 }
 
-// nextChunk reads what stands between the data of two chunks, so that left
-// is the size of the next one; after the last the body is whole (RFC 9112
-// §7.1). Chunk extensions and trailers are dropped: nothing may depend on them
-// (RFC 9110 §6.5.1). They may take 16 bytes for each chunk and maxHead more,
-// so that nobody keeps us reading for nothing.
+// nextChunk reads the lines between the data of two chunks, and sets left to the
+// size of the next one; after the last chunk the body is whole (RFC 9112 §7.1).
+// Chunk extensions and trailers are dropped, as nothing may depend on them (RFC
+// 9110 §6.5.1). All these lines together may take maxHead bytes, and 16 more for
+// each chunk, so that a sender can't keep us reading without sending data.
 func (b *body) nextChunk() error {
 	if b.begun && b.lines.next() != "" {
 		b.lines.fail(badRequest("a chunk is longer than its size says"))
@@ -269,9 +272,9 @@ func (b *body) checkFirstChunk() error {
 	return err
 }
 
-// uploadError returns what keeps the body from having been sent to an origin. A
-// response may be a moment ahead of the last byte of the request, so that is
-// given a tenth of a second.
+// uploadError returns why the body has not been sent to an origin as a whole, or
+// nil if it has been, or never had to be. A response can overtake the last bytes
+// of its request, so uploadError waits for these for up to a tenth of a second.
 func (b *body) uploadError() error {
 	if b.upload == nil {
 		return nil
@@ -289,9 +292,9 @@ func (b *body) uploadError() error {
 // next message follows on the connection. It may take a tenth of a second.
 func (b *body) consumed() bool { return b.uploadError() == nil && b.whole.Load() }
 
-// A waiter is a body that may have to wait for more. Before it does, it flushes
-// the connection that its bytes are copied to: small pieces leave together, and
-// none of them waits for the next.
+// A waiter is a body whose reads may have to wait. Before one does, it flushes
+// the connection to which its bytes are copied: small pieces leave together, and
+// none of them is held back until the next one comes.
 type waiter interface{ flushBeforeWait(to flusher) }
 
 // A flusher sends at once what has been written to it.
@@ -304,19 +307,22 @@ func (b *body) flushBeforeWait(to flusher) { b.c.beforeWait = to }
 // also reports whether another request may follow on the connection, as the
 // client has been told; keep says whether the caller wants that.
 func writeResponse(c *conn, req *Request, res *Response, keep bool) (bool, error) {
-	var more Header
-	old := req.Proto == "HTTP/1.0"
+	http10 := req.Proto == "HTTP/1.0"
 	hasBody := req.Method != "HEAD" && !bodiless(res.Status)
-	unknown := hasBody && res.Length < 0
-	if unknown && !old {
+	chunks := hasBody && res.Length < 0 && !http10
+	endsByClose := hasBody && res.Length < 0 && http10
+	keep = keep && !endsByClose
+	var more Header
+	switch {
+	case chunks:
 		more = append(more, Field{"Transfer-Encoding", "chunked"})
-	} else if res.Length >= 0 && !bodiless(res.Status) {
+	case res.Length >= 0 && !bodiless(res.Status):
 		more = append(more, Field{"Content-Length", strconv.FormatInt(res.Length, 10)})
 	}
-	if unknown && old || !keep {
-		keep = false
+	switch {
+	case !keep:
 		more = append(more, Field{"Connection", "close"})
-	} else if old {
+	case http10:
 		more = append(more, Field{"Connection", "keep-alive"})
 	}
 	header := res.Header
@@ -328,12 +334,12 @@ func writeResponse(c *conn, req *Request, res *Response, keep bool) (bool, error
 	if !hasBody {
 		return keep, c.Flush()
 	}
-	if !unknown || !old {
-		return keep, writeBody(c, res.Body, res.Length, unknown)
+	if !endsByClose {
+		return keep, writeBody(c, res.Body, res.Length, chunks)
 	}
 
-	// A client of HTTP/1.0 takes any close for the end of such a body. Until all
-	// of it is written a close is to be a reset, even the one of our own death.
+	// A client of HTTP/1.0 takes a normal close for the end of such a body. Until
+	// all of it is written, a close is to be a reset, even if this process is killed.
 	c.tcp().SetLinger(0)
 	err := writeBody(c, res.Body, res.Length, false)
 	if err != nil {
@@ -353,10 +359,12 @@ func writeBody(c *conn, from io.Reader, length int64, chunks bool) (err error) {
 	if chunks {
 		to = chunkWriter{c}
 	}
-	if _, inMemory := from.(io.WriterTo); inMemory || length < 0 {
+	// CopyN hides that a body in memory can write itself. For any other body it
+	// takes a buffer no larger than the body, where Copy takes one of 32 KiB.
+	if _, writesItself := from.(io.WriterTo); writesItself || length < 0 {
 		_, err = io.Copy(to, from)
 	} else {
-		_, err = io.CopyN(to, from, length) // Copy takes 32 KiB of memory for a body of 1 KiB
+		_, err = io.CopyN(to, from, length)
 	}
 	if err == nil && chunks {
 		_, err = c.Write([]byte("0\r\n\r\n"))
@@ -404,10 +412,6 @@ type idleConn struct {
 	since     time.Time
 }
 
-func newOriginPool(pseudonym string, keepInner bool, guard func(func())) *originPool {
-	return &originPool{pseudonym: pseudonym, keepInner: keepInner, guard: guard}
-}
-
 // via returns what we add to a message (RFC 9110 §7.6.3).
 func (p *originPool) via(proto string) Field {
 	return Field{"Via", strings.TrimPrefix(proto, "HTTP/") + " " + p.pseudonym}
@@ -430,7 +434,7 @@ func (p *originPool) hasSent(req *Request) bool {
 func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
 	interim func(*Response)) (*Response, error) {
 	idempotent := slices.Contains([]string{"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}, req.Method)
-	if idempotent && req.Body.framing == 0 && !authenticatesConnection(req.Header, "Authorization") {
+	if idempotent && !req.hasBody() && !authenticatesConnection(req.Header, "Authorization") {
 		if idle := p.take(req.URL.Authority); idle != nil {
 			if res, err := p.ask(idle, req, interim); err != errSilent {
 				return res, err
@@ -453,10 +457,10 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 	}
 	// An origin may answer before it has all of the request (RFC 9112 §9.5),
 	// even where it does not take any more of it.
-	res, content, err := readResponse(c, req.Method)
+	res, resBody, err := readResponse(c, req.Method)
 	for n := 1; err == nil && res.Status < 200; n++ {
 		interim(res)
-		res, content, err = readResponse(c, req.Method)
+		res, resBody, err = readResponse(c, req.Method)
 		if n == maxInterim && err == nil && res.Status < 200 {
 			err = errors.New("its interim responses do not end")
 		}
@@ -480,10 +484,10 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 		(p.keepInner || !isInner(c.peer)) &&
 		!(res.Has("Content-Length") && res.Has("Transfer-Encoding"))
 	res.Origin = c.peer
-	res.Ready = content.framing >= 0 && int(content.framing) <= c.in.Buffered()
-	res.Body = originBody{content, sync.OnceFunc(func() {
+	res.Ready = resBody.framing >= 0 && int(resBody.framing) <= c.in.Buffered()
+	res.Body = originBody{resBody, sync.OnceFunc(func() {
 		// The origin must not have said anything beyond the end of its response.
-		if reusable && content.whole.Load() && c.in.Buffered() == 0 && req.Body.consumed() {
+		if reusable && resBody.whole.Load() && c.in.Buffered() == 0 && req.Body.consumed() {
 			p.put(c, req.URL.Authority)
 		} else {
 			c.Close()
@@ -518,7 +522,7 @@ func (p *originPool) startUpload(to *conn, from *body) {
 			}
 			from.upload <- err
 		}()
-		err = writeBody(to, from, max(int64(from.framing), -1), from.framing == chunked)
+		err = writeBody(to, from, from.length(), from.framing == chunked)
 	})
 }
 
@@ -578,11 +582,8 @@ func alive[FD ~int | ~uintptr](c *conn, read func(FD, []byte) (int, error)) bool
 func dial(authority string, permit func(netip.Addr) error) (*conn, error) {
 	dialer := net.Dialer{Timeout: dialWait}
 	dialer.Control = func(_, address string, _ syscall.RawConn) error {
-		to, err := netip.ParseAddrPort(address)
-		if err == nil {
-			err = permit(to.Addr().Unmap().WithZone(""))
-		}
-		return err
+		to := netip.MustParseAddrPort(address) // an address by now, and not a name
+		return permit(to.Addr().Unmap().WithZone(""))
 	}
 	nc, err := dialer.Dial("tcp", authority)
 	if err != nil {
@@ -640,12 +641,6 @@ func newConn(nc net.Conn) *conn {
 	c.peer = nc.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap().WithZone("")
 	return c
 }
-
-// from returns the address of the other side.
-func (c *conn) from() netip.Addr { return c.peer }
-
-// bytesSent returns how many bytes have been sent so far.
-func (c *conn) bytesSent() int64 { return c.sent }
 
 func (c *conn) tcp() *net.TCPConn { return c.Conn.(*net.TCPConn) }
 
@@ -723,14 +718,13 @@ func (c *conn) awaitHead() error {
 	return nil
 }
 
-// closeGently lets the client read the last response first: a connection that
-// is closed while bytes from the client are unread is reset, and what the
-// client has not read yet is lost (RFC 9112 §9.6).
-func (c *conn) closeGently() {
+// drain prepares a close: it lets the client read the last response. Closing a
+// connection resets it if bytes from the client are unread, and what the client
+// has not read by then is lost (RFC 9112 §9.6).
+func (c *conn) drain() {
 	c.tcp().CloseWrite()
 	c.SetDeadline(time.Now().Add(lingerWait))
 	io.CopyN(io.Discard, c.Conn, maxDrained)
-	c.Close()
 }
 
 // Sizes, counts and waits.
@@ -796,9 +790,10 @@ func (r *lineReader) next() string {
 	return ""
 }
 
-// header reads fields up to the empty line that ends them. A space before the
-// colon is removed from a response and refused in a request (RFC 9112 §5.1);
-// so is a line that continues the one before (§5.2), which begins with one.
+// header reads fields up to the empty line that ends them. A space between the
+// name of a field and its colon is removed from a response, and refused in a
+// request (RFC 9112 §5.1). A line that begins with a space, which would continue
+// the one before, is always refused (§5.2).
 func (r *lineReader) header(response bool) Header {
 	header := make(Header, 0, 16)
 	for line := r.next(); line != ""; line = r.next() {
@@ -860,7 +855,7 @@ func (req *Request) parseTarget() (err error) {
 	switch {
 	case req.Method == "CONNECT":
 		req.URL.Authority, err = parseAuthority(target)
-		if err == nil && !hasPort.MatchString(target) {
+		if _, port, _ := net.SplitHostPort(target); err == nil && port == "" {
 			err = badRequest("CONNECT without a port: %+.200q", target)
 		}
 	case target[0] == '/', target == "*" && req.Method == "OPTIONS":
@@ -876,8 +871,6 @@ func (req *Request) parseTarget() (err error) {
 	}
 	return err
 }
-
-var hasPort = regexp.MustCompile(":[0-9]+$")
 
 // parseURL takes apart a URL without its scheme. The fragment is not for us
 // (RFC 9110 §7.1), and a password in front of the host is not sent anywhere:
@@ -1075,21 +1068,15 @@ var hopByHop = []string{"Connection", "Content-Length", "Keep-Alive", "Proxy-Aut
 // them; a message that names them there is an attack.
 var alwaysEndToEnd = []string{"Host", "Via", "Max-Forwards", "Cache-Control", "Vary"}
 
-// endToEnd returns the fields that are to be passed on, without some more. It
-// returns the header itself if there is nothing to leave out.
+// endToEnd returns a copy of the header with the fields that are to be passed
+// on, and lacking some more.
 func (h Header) endToEnd(without ...string) Header {
 	for _, name := range h.Values("Connection") {
 		if !containsFold(alwaysEndToEnd, name) {
 			without = append(without, name)
 		}
 	}
-	leftOut := func(f Field) bool {
-		return containsFold(hopByHop, f.Name) || containsFold(without, f.Name)
-	}
-	if !slices.ContainsFunc(h, leftOut) {
-		return h
-	}
-	return slices.DeleteFunc(slices.Clone(h), leftOut)
+	return h.Without(append(without, hopByHop...)...)
 }
 
 func (e *statusError) Error() string { return e.text }
