@@ -290,6 +290,9 @@ type fileContent struct {
 	start int64
 }
 
+// wholeFile returns all of a file.
+func wholeFile(file *os.File) content { return fileContent{file: file} }
+
 func (f fileContent) Close() error { return f.file.Close() }
 
 func (f fileContent) section(off, n int64) io.ReadCloser {
@@ -1354,8 +1357,15 @@ func readEntry(root *os.Root, name string) *Entry {
 		return nil
 	}
 	res.Length = length
-	return &Entry{Response: *res, url: strings.TrimPrefix(req.Target, "http://"), request: req.Header,
-		weight: info.Size(), used: info.ModTime(), hit: fileHit, content: fileContent{file: file, start: start}}
+	return &Entry{
+		Response: *res,
+		url:      strings.TrimPrefix(req.Target, "http://"),
+		request:  req.Header,
+		weight:   info.Size(),
+		used:     info.ModTime(),
+		hit:      fileHit,
+		content:  fileContent{file: file, start: start},
+	}
 }
 
 // newCache opens the directory, and makes sure that it can be written to.

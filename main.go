@@ -134,14 +134,13 @@ func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) 
 	config.caching.guard = guard
 	config.caching.warn = func(err error) { log.Print(err) }
 	cache, err := newCache(config.caching)
+	pseudonym := "proxy-" + strings.ToLower(rand.Text()[:6])
 	return &proxy{
-		config: config,
-		port:   int(listen.Port()),
-		cache:  cache,
-		origins: &originPool{
-			pseudonym: "proxy-" + strings.ToLower(rand.Text()[:6]), keepInner: local, guard: guard},
-		journal: journal{
-			begun: config.caching.now(), to: logTo, out: bufio.NewWriterSize(logTo, 64<<10)},
+		config:  config,
+		port:    int(listen.Port()),
+		cache:   cache,
+		origins: newOriginPool(pseudonym, local, guard),
+		journal: journal{begun: time.Now(), to: logTo, out: bufio.NewWriterSize(logTo, 64<<10)},
 	}, err
 }
 
@@ -188,13 +187,15 @@ func (p *proxy) serveClient(c *conn) {
 		if err != nil && !isStatusError(err) {
 			return // e.g., the client has closed it
 		}
-		x := &exchange{proxy: p, client: c, req: req, start: p.cache.now(), before: c.sent}
+		x := &exchange{proxy: p, client: c, req: req, start: p.cache.now(), before: c.bytesSent()}
 		keep = x.serve(err)
 	}
 	c.drain()
 }
 
-// An exchange is one request and what becomes of it.
+// An exchange is one request and what becomes of it. It lives as long as the
+// request is answered, on the goroutine of its connection; only the body of an
+// upload, and a response on its way into the cache, have goroutines of their own.
 type exchange struct {
 	*proxy
 	client  *conn
@@ -316,7 +317,7 @@ func (x *exchange) tunnel() (*Response, error) {
 		return nil, errorf(508, "a tunnel to this proxy itself: %s", x.req.URL.Authority)
 	}
 	x.status.Outcome = tunnelled
-	x.origin = origin.peer
+	x.origin = origin.from()
 	x.client.writeHead("HTTP/1.1 200 Connection established")
 	x.client.Flush()
 	join(x.client, origin, guard)
@@ -357,7 +358,8 @@ func (x *exchange) errorPage(err error) *Response {
 }
 
 // originError says what is wrong with an origin: 504 if it took too long, and
-// else 502.
+// else 502. A direct request may have meant a file instead, so a name that does
+// not exist is not found.
 func (x *exchange) originError(err error) *statusError {
 	host := x.req.URL.Authority
 	var lookup *net.DNSError
@@ -374,7 +376,7 @@ func (x *exchange) originError(err error) *statusError {
 
 // admit decides whether this client may make this request.
 func (x *exchange) admit() error {
-	ip := x.client.peer
+	ip := x.client.from()
 	allowed := x.allow.hasAddress(ip)
 	if !x.allow.given {
 		allowed = ip.IsPrivate() || ip.IsLinkLocalUnicast() // RFC 1918, RFC 4193
@@ -439,13 +441,14 @@ func (x *exchange) mayDial(ip netip.Addr) error {
 	if blocked {
 		return errorf(403, "%s is blocked", ip)
 	}
-	if isInner(ip) && !x.client.peer.IsLoopback() {
+	if isInner(ip) && !x.client.from().IsLoopback() {
 		return errorf(403, "%s is for clients on this machine only", ip)
 	}
 	return nil
 }
 
-// answerAsServer answers a request to the proxy itself. Host has to be a name
+// answerAsServer answers a request to the proxy itself: the status page, the
+// configuration of a browser, a file, or /host/path. Host has to be a name
 // of ours: by one of its own that leads here (DNS rebinding) a page elsewhere
 // could read what is for this machine.
 func (x *exchange) answerAsServer() (*Response, error) {
@@ -463,7 +466,7 @@ func (x *exchange) answerAsServer() (*Response, error) {
 	case name == "*":
 		return x.page(200, "text/plain", ""), nil
 	case name == "/" && get:
-		if x.auth == "" && !x.client.peer.IsLoopback() {
+		if x.auth == "" && !x.client.from().IsLoopback() {
 			return nil, errorf(403, "without -auth this page is for this machine only")
 		}
 		return x.page(200, "text/html; charset=utf-8", x.journal.statusPage(x.cache)), nil
@@ -529,7 +532,7 @@ func (x *exchange) localFile(escaped string) *Response {
 		return string(b)
 	})
 	hidden := strings.Contains("/"+name, "/.") || strings.Contains(name, `\`)
-	if x.files == nil || hidden || !x.client.peer.IsLoopback() {
+	if x.files == nil || hidden || !x.client.from().IsLoopback() {
 		return nil
 	}
 	info, err := x.files.Stat(name)
@@ -543,7 +546,7 @@ func (x *exchange) localFile(escaped string) *Response {
 	res := x.page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
 	res.Header = append(res.Header, Field{"Last-Modified", info.ModTime().UTC().Format(dateFormat)})
 	res.Length = info.Size()
-	tailor(res, x.req, fileContent{file: file})
+	tailor(res, x.req, wholeFile(file))
 	return res
 }
 
@@ -694,7 +697,7 @@ type hostList struct {
 }
 
 // read adds what one use of a flag says: entries with commas or white space
-// between them, or @file.
+// between them, or @file. A flag can be used several times.
 func (l *hostList) read(s string) error {
 	l.given = true
 	lines, err := linesOf(s)
@@ -771,7 +774,7 @@ type journal struct {
 // page itself are not counted.
 func (x *exchange) log() {
 	now := x.cache.now()
-	sent := x.client.sent - x.before
+	sent := x.client.bytesSent() - x.before
 	outcome := string(x.status.Outcome)
 	status, kind := 0, ""
 	asked := "HIER_NONE/-"
@@ -786,7 +789,7 @@ func (x *exchange) log() {
 		asked = "HIER_DIRECT/" + x.origin.String()
 	}
 	front := fmt.Sprintf("%d.%03d %6d %s %s/%03d %d %s ", now.Unix(), now.Nanosecond()/1e6,
-		now.Sub(x.start).Milliseconds(), x.client.peer, outcome, status, sent, printable(x.req.Method))
+		now.Sub(x.start).Milliseconds(), x.client.from(), outcome, status, sent, printable(x.req.Method))
 	back := fmt.Sprintf(" - %s %s\n", asked, printable(kind))
 	url := printable(x.subject())
 
@@ -899,8 +902,8 @@ func (j *journal) statusPage(c *Cache) string {
 				ago, f[2], f[3], f[1], f[4], f[5], f[6])
 		}
 	}
-	return fmt.Sprintf(statusHTML, html.EscapeString(name), j.begun.Format(time.DateTime), j.summary(), files,
-		mebibytes(size), mebibytes(c.limit), len(j.latest), ranking(hosts), ranking(outcomes), rows)
+	return fmt.Sprintf(statusHTML, html.EscapeString(name), j.begun.Format(time.DateTime), j.summary(),
+		files, mebibytes(size), mebibytes(c.limit), len(j.latest), ranking(hosts), ranking(outcomes), rows)
 }
 
 // ranking lists the ten largest counts. Equal ones stand in the order of their

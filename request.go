@@ -412,6 +412,11 @@ type idleConn struct {
 	since     time.Time
 }
 
+// newOriginPool makes a pool for a proxy that calls itself pseudonym.
+func newOriginPool(pseudonym string, keepInner bool, guard func(func())) *originPool {
+	return &originPool{pseudonym: pseudonym, keepInner: keepInner, guard: guard}
+}
+
 // via returns what we add to a message (RFC 9110 §7.6.3).
 func (p *originPool) via(proto string) Field {
 	return Field{"Via", strings.TrimPrefix(proto, "HTTP/") + " " + p.pseudonym}
@@ -641,6 +646,12 @@ func newConn(nc net.Conn) *conn {
 	c.peer = nc.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap().WithZone("")
 	return c
 }
+
+// from returns the address of the other side.
+func (c *conn) from() netip.Addr { return c.peer }
+
+// bytesSent returns how much has been sent so far.
+func (c *conn) bytesSent() int64 { return c.sent }
 
 func (c *conn) tcp() *net.TCPConn { return c.Conn.(*net.TCPConn) }
 
