@@ -550,7 +550,8 @@ func (x *exchange) localFile(escaped string) *Response {
 	return res
 }
 
-// A config is the command line.
+// A config is the command line, read and checked. Nothing else in the program
+// looks at flags or at the environment.
 type config struct {
 	address string // to listen on
 	caching CacheConfig
@@ -815,7 +816,8 @@ func (x *exchange) log() {
 	j.latest = append(j.latest[max(0, len(j.latest)-maxRecords+1):], front+url[:min(len(url), maxShown)])
 }
 
-// subject returns what a request is about, for the log.
+// subject returns what a request is about, for the log: a URL, host:port of a
+// tunnel, or the path of a page of our own.
 func (x *exchange) subject() string {
 	u := x.req.URL
 	switch {
@@ -880,7 +882,8 @@ td:last-child{width:auto}}</style>
 <h2>Their outcomes</h2><table>%[9]s</table>
 <h2>The latest</h2><table>%[10]s</table>`
 
-// statusPage tells how the proxy is doing.
+// statusPage tells how the proxy is doing. It is made from the lines of the log,
+// of which it shows the latest, and counts in those it knows of.
 func (j *journal) statusPage(c *Cache) string {
 	files, size := c.usage()
 	name, _ := os.Hostname()
@@ -903,7 +906,8 @@ func (j *journal) statusPage(c *Cache) string {
 		}
 	}
 	return fmt.Sprintf(statusHTML, html.EscapeString(name), j.begun.Format(time.DateTime), j.summary(),
-		files, mebibytes(size), mebibytes(c.limit), len(j.latest), ranking(hosts), ranking(outcomes), rows)
+		files, mebibytes(size), mebibytes(c.limit),
+		len(j.latest), ranking(hosts), ranking(outcomes), rows)
 }
 
 // ranking lists the ten largest counts. Equal ones stand in the order of their
