@@ -47,6 +47,7 @@ type Cache struct {
 	sync.Mutex // for what follows, and for renaming files
 	downloads  map[key]*download
 	unshared   tally // responses that could not be stored: nobody waits for another one's
+	oversized  tally // responses of unknown length that were larger than the limit
 	misses     tally // counted if -uses asks for that
 	files      int64 // in the directory, and
 	size       int64 // their bytes
@@ -200,7 +201,7 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 func (t *transaction) renew(d *download, validation *Response) (*Response, error) {
 	validation.Body.Close()
 	old := t.stored
-	if !sameTag(old.Get("ETag"), validation.Get("ETag")) {
+	if !sameRepresentation(old.Header, validation.Header) {
 		t.drop() // the origin means another representation: ask for all of that
 		return t.forward(d, t.status.Forward)
 	}
@@ -403,6 +404,9 @@ func (t *transaction) claim() (d *download, mine bool) {
 	t.Lock()
 	defer t.Unlock()
 	d = t.downloads[t.key]
+	if d != nil && d.isOver() {
+		d = nil // it has been dropped, and is to be replaced
+	}
 	if d != nil || t.version != t.Cache.version.Load() {
 		return d, false
 	}
@@ -418,7 +422,7 @@ func (t *transaction) claim() (d *download, mine bool) {
 // may not be meant for all, and never for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
 	t.Lock()
-	unshared := t.unshared.counts[t.key] > 0 && t.now().Sub(t.unshared.began) <= unsharedWait
+	unshared := t.unshared.has(t.key, unsharedWait, t.now())
 	t.Unlock()
 	part := t.stored == nil && t.req.Has("Range") // which the origin may send at once
 	if unshared || part || t.req.Has("Authorization") || wantsReload(t.req.Header) {
@@ -471,20 +475,27 @@ func (t *transaction) due() bool {
 	return t.misses.add(t.key, usesWindow, t.now()) >= t.uses
 }
 
-// A tally counts by key. When its window is over it begins anew, for all keys
-// at once: that is cheaper than to find out what is old.
+// A tally counts by the name of the file for a key, which unlike a URL is never
+// long. When its window is over it begins anew, for all of them at once: that is
+// cheaper than to find out what is old.
 type tally struct {
 	began  time.Time
-	counts map[key]int
+	counts map[string]int
+}
+
+// has reports whether a key has been counted in the current window.
+func (t *tally) has(k key, window time.Duration, now time.Time) bool {
+	return t.counts[fileName(k)] > 0 && now.Sub(t.began) <= window
 }
 
 // add counts a key once more, and returns how often that was done in the window.
 func (t *tally) add(k key, window time.Duration, now time.Time) int {
 	if now.Sub(t.began) > window || len(t.counts) >= maxKeys {
-		*t = tally{now, map[key]int{}}
+		*t = tally{now, map[string]int{}}
 	}
-	t.counts[k]++
-	return t.counts[k]
+	name := fileName(k)
+	t.counts[name]++
+	return t.counts[name]
 }
 
 // keep begins to store a response, if it may be stored and is worth it, and
@@ -492,12 +503,20 @@ func (t *tally) add(k key, window time.Duration, now time.Time) int {
 // stays where it is. d is the caller's claim, if any.
 func (t *transaction) keep(d *download, res *Response) content {
 	may, why := storable(t.req, res, t.CacheConfig)
+	t.Lock()
+	oversized := res.Length < 0 && t.oversized.has(t.key, unsharedWait, t.now())
+	t.Unlock()
 	switch {
 	case !may:
 		t.status.Detail = why
-		if d != nil && t.stored != nil && isHeuristic(res.Status) {
-			t.invalidate(d.key) // it has taken the place of what is stored, even so
+		forAnyone, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
+		replaced := t.status.ForwardStatus != 304 && isHeuristic(res.Status)
+		if d != nil && t.stored != nil && (replaced || !forAnyone && t.status.ForwardStatus == 304) {
+			t.invalidate(d.key) // what is stored is out of date, or must not be stored any more
 		}
+		return nil
+	case oversized:
+		t.status.Detail = "too-large"
 		return nil
 	case d == nil:
 		return nil
@@ -550,7 +569,7 @@ func (d *download) commit() error {
 	}
 	c.version.Add(1)
 	c.memory.Delete(d.key)
-	delete(c.unshared.counts, d.key)
+	delete(c.unshared.counts, fileName(d.key))
 	c.size += d.file.written - d.replaces
 	if d.replaces == 0 {
 		c.files++
@@ -693,6 +712,11 @@ func (d *download) finish(copyError error) {
 	if d.file.full {
 		d.cache.trouble(copyError)
 	}
+	if copyError == errTooLarge {
+		d.cache.Lock()
+		d.cache.oversized.add(d.key, unsharedWait, d.cache.now())
+		d.cache.Unlock()
+	}
 
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -707,6 +731,13 @@ func (d *download) finish(copyError error) {
 	if d.readers == 0 {
 		d.file.Close()
 	}
+}
+
+// isOver reports whether no more comes.
+func (d *download) isOver() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.err != nil
 }
 
 // join adds a reader, and returns the entry for it, or nil if it is too late.
@@ -803,6 +834,9 @@ func (f *follower) Close() error {
 	f.readers--
 	f.firstReads = f.firstReads && !f.first
 	left := f.entry.Length - f.size // negative if nobody knows
+	if _, renewal := f.body.(fileContent); renewal {
+		left = 0 // it costs the origin nothing, and the next one would begin anew
+	}
 	over, unread := f.err != nil, f.readers == 0
 	switch {
 	case !over && unread && (left < 0 || left > maxUnread):
@@ -1113,10 +1147,16 @@ func updated(stored, validation Header) Header {
 	return append(kept, newer...)
 }
 
-// sameTag reports whether two entity tags may mean the same representation:
-// one of them is missing, or they are equal but for being weak.
-func sameTag(a, b string) bool {
-	return a == "" || b == "" || strings.TrimPrefix(a, "W/") == strings.TrimPrefix(b, "W/")
+// sameRepresentation reports whether a 304 is about what is stored (RFC 9111
+// §4.3.4): by its entity tag, weak or not, or else by its date of change, if it
+// has either.
+func sameRepresentation(stored, validation Header) bool {
+	tag, stale := validation.Get("ETag"), stored.Get("ETag")
+	if tag != "" && stale != "" {
+		return strings.TrimPrefix(tag, "W/") == strings.TrimPrefix(stale, "W/")
+	}
+	changed := validation.Get("Last-Modified")
+	return changed == "" || changed == stored.Get("Last-Modified")
 }
 
 // tailor makes a whole response, whose body is elsewhere, the answer to a

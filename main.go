@@ -313,7 +313,8 @@ func (x *exchange) tunnel() (*Response, error) {
 	}
 	defer origin.Close()
 	to := origin.RemoteAddr().(*net.TCPAddr)
-	if to.IP.IsLoopback() && to.Port == x.port {
+	self := to.IP.IsLoopback() || to.IP.Equal(origin.LocalAddr().(*net.TCPAddr).IP)
+	if self && to.Port == x.port {
 		return nil, errorf(508, "a tunnel to this proxy itself: %s", x.req.URL.Authority)
 	}
 	x.status.Outcome = tunnelled

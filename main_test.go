@@ -2171,6 +2171,81 @@ func TestCacheSoak(t *testing.T) {
 	})
 }
 
+// What a 304 is about: by its tag, or else by its date of change (RFC 9111 §4.3.4).
+func TestCacheSameRepresentation(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		stored, validation string
+		want               bool
+	}{
+		{`ETag: "1"`, `ETag: "1"`, true}, {`ETag: "1"`, `ETag: W/"1"`, true}, {`ETag: "1"`, `ETag: "2"`, false},
+		{`ETag: "1"`, "", true}, {"Last-Modified: a", "Last-Modified: a", true},
+		{"Last-Modified: a", "Last-Modified: b", false}, {"Last-Modified: a", "", true},
+		{`ETag: "1" | Last-Modified: a`, `ETag: "1" | Last-Modified: b`, true},
+	} {
+		t.Run(test.stored+" and "+test.validation, func(t *testing.T) {
+			eq(t, "same", sameRepresentation(splitFields(test.stored), splitFields(test.validation)), test.want)
+		})
+	}
+}
+
+// A renewal is finished though the client who caused it wants none of the body.
+func TestCacheRenewalOutlivesItsClient(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	o := newOrigin(p)
+	o.put("/", `Cache-Control: max-age=60 | ETag: "1"`, bytesOf(5<<20))
+	eq(t, "first", len(p.get(o.url("/"), "").body), 5<<20)
+	p.move(61 * time.Second)
+	eq(t, "a condition", p.get(o.url("/"), `If-None-Match: "1"`), "304, renewed")
+	eventually(t, "a hit", func() bool { return p.get(o.url("/"), `If-None-Match: "1"`).String() == "304, hit" })
+	eq(t, "requests", o.count("/"), 2)
+}
+
+// A response of unknown length that was larger than the limit cuts others once.
+func TestCacheOversizedIsRemembered(t *testing.T) {
+	t.Parallel()
+	p := start(t, "-size", "100K")
+	o := script(t, "HTTP/1.1 200 OK\r\nCache-Control: max-age=60\r\n\r\n"+bytesOf(300<<10)+"\x00")
+	eq(t, "first", len(p.get("http://"+o.host+"/", "").body), 300<<10)
+	again := p.get("http://"+o.host+"/", "")
+	eq(t, "again", len(again.body), 300<<10)
+	match(t, "it says why", again.Get("Cache-Status"), ".*; detail=too-large")
+}
+
+// A 304 for one who has credentials leaves what is stored for all.
+func TestCachePersonalRenewals(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	o := newOrigin(p)
+	o.put("/", `Cache-Control: max-age=60 | ETag: "1"`, "body")
+	p.get(o.url("/"), "")
+	p.move(61 * time.Second)
+	eq(t, "with credentials", p.get(o.url("/"), "Authorization: Basic eA=="), `200 "body", renewed`)
+	eq(t, "without", p.get(o.url("/"), ""), `200 "body", renewed`)
+}
+
+// A claim takes the place of a download that has been dropped but not ended yet.
+func TestCacheClaimsAfterADrop(t *testing.T) {
+	t.Parallel()
+	p := start(t)
+	first := &transaction{Cache: p.cache, key: key{url: "x"}}
+	d, mine := first.claim()
+	eq(t, "first", mine, true)
+	d.err = errDropped
+	other, mine := first.claim()
+	eq(t, "second", fmt.Sprint(mine, other != d), "true true")
+}
+
+// Chunks of one byte give nobody the room for a line without end (RFC 9112 §7.1.1).
+func TestWireChunkRoom(t *testing.T) {
+	t.Parallel()
+	text := strings.Repeat("1\r\nx\r\n", 100_000) + "1;" + strings.Repeat("a", 100_000) + "\r\nx\r\n0\r\n\r\n"
+	b := newBody(newConn(&wireStub{from: strings.NewReader(text)}), chunked)
+	n, err := io.Copy(io.Discard, b)
+	eq(t, "read", fmt.Sprint(n, " ", err), "100000 more than 65536 bytes in front of the body")
+}
+
 func BenchmarkHit(b *testing.B)  { benchCache(b, "max-age=9999", "/") }
 func BenchmarkMiss(b *testing.B) { benchCache(b, "no-store", "/") }
 func BenchmarkFill(b *testing.B) { benchCache(b, "max-age=9999", "/%d") }

@@ -224,14 +224,15 @@ func (b *body) Read(p []byte) (int, error) {
 // nextChunk reads the lines between the data of two chunks, and sets left to the
 // size of the next one; after the last chunk the body is whole (RFC 9112 §7.1).
 // Chunk extensions and trailers are dropped, as nothing may depend on them (RFC
-// 9110 §6.5.1). All these lines together may take maxHead bytes, and 16 more for
-// each chunk, so that a sender can't keep us reading without sending data.
+// 9110 §6.5.1). All these lines together may take maxHead bytes, and each chunk
+// gives back up to 16 of them, so that a sender can't keep us reading without
+// sending data.
 func (b *body) nextChunk() error {
 	if b.begun && b.lines.next() != "" {
 		b.lines.fail(badRequest("a chunk is longer than its size says"))
 	}
 	b.begun = true
-	b.lines.room += 16
+	b.lines.room = min(b.lines.room+16, maxHead)
 	line := b.lines.next()
 	size, _, _ := strings.Cut(line, ";")
 	size = strings.TrimRight(size, " \t") // some servers pad it
@@ -998,12 +999,16 @@ func authenticatesConnection(h Header, name string) bool {
 var connectionScheme = regexp.MustCompile(`(?i)^(NTLM|Negotiate)(\s|$)`)
 
 // isInner reports whether an address leads to this machine itself, or to what
-// only its own link reaches: cloud providers answer with a machine's
-// credentials at 169.254.169.254 and fd00:ec2::254.
+// only its own link reaches, such as 169.254.169.254: there cloud providers
+// answer with a machine's credentials.
 func isInner(ip netip.Addr) bool {
 	return ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() ||
-		ip == netip.MustParseAddr("fd00:ec2::254")
+		slices.Contains(metadataAddresses, ip)
 }
+
+// The addresses of the same kind of two cloud providers that are not link-local.
+var metadataAddresses = []netip.Addr{
+	netip.MustParseAddr("fd00:ec2::254"), netip.MustParseAddr("fd20:ce::254")}
 
 // Host returns the authority as the Host field has it: without port 80.
 func (u URL) Host() string { return strings.TrimSuffix(u.Authority, ":80") }
