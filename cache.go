@@ -509,10 +509,8 @@ func (t *transaction) keep(d *download, res *Response) content {
 	switch {
 	case !may:
 		t.status.Detail = why
-		forAnyone, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
-		replaced := t.status.ForwardStatus != 304 && isHeuristic(res.Status)
-		if d != nil && t.stored != nil && (replaced || !forAnyone && t.status.ForwardStatus == 304) {
-			t.invalidate(d.key) // what is stored is out of date, or must not be stored any more
+		if d != nil && t.stored != nil && t.outdates(res) {
+			t.invalidate(d.key)
 		}
 		return nil
 	case oversized:
@@ -553,6 +551,16 @@ func (t *transaction) keep(d *download, res *Response) content {
 		t.status.Detail = "disk-error"
 	}
 	return reader
+}
+
+// outdates reports whether a response that is not stored makes what is stored
+// useless: it is a newer one, or says that it must not be stored any more.
+func (t *transaction) outdates(res *Response) bool {
+	if t.status.ForwardStatus != 304 {
+		return isHeuristic(res.Status)
+	}
+	mayBeStored, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
+	return !mayBeStored
 }
 
 // commit puts a finished file in its place, unless what is stored under the
@@ -905,7 +913,7 @@ type CacheStatus struct {
 // String returns the value of the field Cache-Status.
 func (s CacheStatus) String() string {
 	if s.Outcome.isHit() && !s.Collapsed {
-		return fmt.Sprintf("proxy; hit; ttl=%d", s.TTL/time.Second)
+		return "proxy; hit; ttl=" + strconv.Itoa(int(s.TTL/time.Second))
 	}
 	text := "proxy; fwd=" + string(s.Forward)
 	if s.ForwardStatus != 0 {
@@ -928,7 +936,7 @@ func (s CacheStatus) String() string {
 // origins write a semicolon between them.
 func cacheControl(h Header) (directives Header) {
 	for _, value := range h.Values("Cache-Control") {
-		for _, directive := range splitList(value, ";") {
+		for _, directive := range appendList(nil, value, ";") {
 			name, argument, _ := strings.Cut(directive, "=")
 			directives = append(directives, Field{strings.ToLower(name), strings.Trim(argument, `"`)})
 		}
@@ -982,12 +990,14 @@ func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
 		{"status", slices.Contains([]int{206, 304, 416}, res.Status)},
 		{"status", has("must-understand") && !understood},
 		{"no-freshness", !explicit && !understood && !has("public")},
-		{"no-freshness", lifetime(res, config.ttl) == 0 && !hasValidator(h)},
 		{"too-large", res.Length > config.limit || len(h) > maxFields-8},
 	} {
 		if rule.forbids {
 			return false, rule.why
 		}
+	}
+	if lifetime(res, config.ttl) == 0 && !hasValidator(h) {
+		return false, "no-freshness"
 	}
 	return true, ""
 }
@@ -1274,8 +1284,11 @@ func (t *transaction) newEntry(res *Response) *Entry {
 // temporary begins the name of a file that is not whole.
 const temporary = "+download-"
 
-// What stands for itself in the name of a file.
-const plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
+// What stands for itself in the name of a file, and what the rest is escaped with.
+const (
+	plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
+	hexDigits       = "0123456789abcdef"
+)
 
 // fileName returns the name of the file for a key. "/" becomes "_", as in the
 // lab; upper case, "_" and most else is escaped. So no two keys share a file
@@ -1292,7 +1305,7 @@ func fileName(k key) string {
 		case b == '/':
 			name = append(name, '_')
 		case strings.IndexByte(plainCharacters, b) < 0, device && i == 0, b == '.' && atEnd:
-			name = fmt.Appendf(name, "%%%02x", b)
+			name = append(name, '%', hexDigits[b>>4], hexDigits[b&15])
 		default:
 			name = append(name, b)
 		}

@@ -1035,14 +1035,14 @@ func (h Header) Has(name string) bool {
 func (h Header) Values(name string) (elements []string) {
 	for _, f := range h {
 		if equalFold(f.Name, name) {
-			elements = append(elements, splitList(f.Value, ",")...)
+			elements = appendList(elements, f.Value, ",")
 		}
 	}
 	return elements
 }
 
-// splitList splits a value at separators that are not in a quoted string.
-func splitList(value, separators string) (elements []string) {
+// appendList splits a value at separators that are not in a quoted string.
+func appendList(elements []string, value, separators string) []string {
 	start, quoted := 0, false
 	for i := 0; i < len(value); i++ {
 		switch {
@@ -1084,15 +1084,21 @@ var hopByHop = []string{"Connection", "Content-Length", "Keep-Alive", "Proxy-Aut
 // them; a message that names them there is an attack.
 var alwaysEndToEnd = []string{"Host", "Via", "Max-Forwards", "Cache-Control", "Vary"}
 
-// endToEnd returns a copy of the header with the fields that are to be passed
-// on, and lacking some more.
+// endToEnd returns the fields that are to be passed on, lacking some more. It
+// returns the header itself if there is nothing to leave out, as in most hits.
 func (h Header) endToEnd(without ...string) Header {
 	for _, name := range h.Values("Connection") {
 		if !containsFold(alwaysEndToEnd, name) {
 			without = append(without, name)
 		}
 	}
-	return h.Without(append(without, hopByHop...)...)
+	leftOut := func(f Field) bool {
+		return containsFold(hopByHop, f.Name) || containsFold(without, f.Name)
+	}
+	if !slices.ContainsFunc(h, leftOut) {
+		return h
+	}
+	return slices.DeleteFunc(slices.Clone(h), leftOut)
 }
 
 func (e *statusError) Error() string { return e.text }
