@@ -423,6 +423,7 @@ func (t *transaction) claim() (d *download, mine bool) {
 func (t *transaction) wait(d *download) bool {
 	t.Lock()
 	unshared := t.unshared.has(t.key, unsharedWait, t.now())
+	d.awaited = true
 	t.Unlock()
 	part := t.stored == nil && t.req.Has("Range") // which the origin may send at once
 	if unshared || part || t.req.Has("Authorization") || wantsReload(t.req.Header) {
@@ -436,9 +437,9 @@ func (t *transaction) wait(d *download) bool {
 	}
 }
 
-// release ends a claim from which no download has come. If the answer to a
-// plain GET could not be shared, that is remembered, or all who want the same
-// would be served one after another.
+// release ends a claim from which no download has come. If others have waited
+// for it, and the answer to a plain GET could not be shared, that is remembered:
+// else they would be served one after another.
 func (t *transaction) release(d *download) {
 	t.Lock()
 	defer t.Unlock()
@@ -449,7 +450,7 @@ func (t *transaction) release(d *download) {
 	close(d.known)
 	answered := t.status.ForwardStatus != 0 && t.status.ForwardStatus != 304
 	personal := t.req.Has("Authorization") || cacheControl(t.req.Header).Has("no-store")
-	if answered && !personal && !t.req.Has("Range") {
+	if d.awaited && answered && !personal && !t.req.Has("Range") {
 		t.unshared.add(d.key, unsharedWait, t.now())
 	}
 }
@@ -636,6 +637,7 @@ type download struct {
 	cache    *Cache
 	key      key
 	began    time.Time
+	awaited  bool          // another request has waited for it; under the cache's lock
 	replaces int64         // bytes of the file in whose place it comes
 	known    chan struct{} // is closed when it is known whether there is something to share
 

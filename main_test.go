@@ -1468,11 +1468,21 @@ func TestCacheWaits(t *testing.T) {
 		{"Range: bytes=0-1", "false"},
 	}, func(row []string) any { return waits(row[0], 0, known) })
 	eq(t, "for longer than 5 s", waits("", joinWait, make(chan struct{})), false)
-	s.get("", "Cache-Control: no-store", "")
+	bringNothing := func(awaited bool) { // to share
+		x := &transaction{Cache: s.Cache, req: &Request{Method: "GET"}, key: key{url: "example.com/"}}
+		x.version = s.version.Load()
+		x.status.ForwardStatus = 200
+		d, _ := x.claim()
+		d.awaited = awaited
+		x.release(d)
+	}
+	bringNothing(false)
+	eq(t, "for what nobody waited for", waits("", 0, known), true)
+	bringNothing(true)
 	eq(t, "for what was not stored", waits("", 0, known), false)
 	s.time = s.time.Add(time.Hour)
 	eq(t, "an hour later", waits("", 0, known), true)
-	s.get("", "Cache-Control: no-store", "")
+	bringNothing(true)
 	s.get("", "Cache-Control: max-age=60", "")
 	eq(t, "once it is stored", waits("", 0, known), true)
 }
