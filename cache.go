@@ -503,24 +503,9 @@ func (t *tally) add(k key, window time.Duration, now time.Time) int {
 // returns where its body is from now on. Else it returns nil, and the body
 // stays where it is. d is the caller's claim, if any.
 func (t *transaction) keep(d *download, res *Response) content {
-	may, why := storable(t.req, res, t.CacheConfig)
-	t.Lock()
-	oversized := res.Length < 0 && t.oversized.has(t.key, unsharedWait, t.now())
-	t.Unlock()
-	switch {
-	case !may:
-		t.status.Detail = why
-		if d != nil && t.stored != nil && t.outdates(res) {
-			t.invalidate(d.key)
-		}
-		return nil
-	case oversized:
-		t.status.Detail = "too-large"
-		return nil
-	case d == nil:
+	if !t.worthStoring(d, res) || d == nil {
 		return nil
 	}
-
 	e := t.newEntry(res)
 	file, err := t.create(e)
 	if err != nil {
@@ -552,6 +537,28 @@ func (t *transaction) keep(d *download, res *Response) content {
 		t.status.Detail = "disk-error"
 	}
 	return reader
+}
+
+// worthStoring reports whether a response may be stored and is likely to fit,
+// and says in the status if not. A response that must not be stored may end
+// what is.
+func (t *transaction) worthStoring(d *download, res *Response) bool {
+	may, why := storable(t.req, res, t.CacheConfig)
+	if !may {
+		t.status.Detail = why
+		if d != nil && t.stored != nil && t.outdates(res) {
+			t.invalidate(d.key)
+		}
+		return false
+	}
+	t.Lock()
+	defer t.Unlock()
+	// Only the body's end tells that a body without a length is too large.
+	if res.Length < 0 && t.oversized.has(t.key, unsharedWait, t.now()) {
+		t.status.Detail = "too-large"
+		return false
+	}
+	return true
 }
 
 // outdates reports whether a response that is not stored makes what is stored

@@ -798,14 +798,18 @@ func (x *exchange) log() {
 		outcome + "/" + strconv.Itoa(1000 + status)[1:] + " " + strconv.FormatInt(sent, 10) + " " +
 		printable(x.req.Method) + " "
 	back := " - " + asked + " " + printable(kind) + "\n"
-	url := printable(x.subject())
+	x.record(front, printable(x.subject()), back, sent)
+}
 
+// record writes a line of the log, and counts it for the status page, which
+// shows the latest lines without the queries of their URLs.
+func (x *exchange) record(front, url, back string, sent int64) {
 	j := &x.journal
 	j.Lock()
 	defer j.Unlock()
 	j.out.WriteString(front + url + back)
 	if x.req.Direct && url == "/" {
-		return
+		return // The page does not count itself.
 	}
 	j.requests++
 	j.sent += sent
@@ -815,7 +819,7 @@ func (x *exchange) log() {
 		j.saved += sent
 	case x.status.Outcome == tunnelled:
 		j.tunnels++
-	case status >= 400:
+	case x.res != nil && x.res.Status >= 400:
 		j.errors++
 	}
 	url, _, _ = strings.Cut(url, "?")
