@@ -580,12 +580,13 @@ func (d *download) commit() error {
 	if !c.forget(d) {
 		return errDropped
 	}
-	if err := d.file.root.Rename(d.file.name, fileName(d.key)); err != nil {
+	name := fileName(d.key)
+	if err := d.file.root.Rename(d.file.name, name); err != nil {
 		return err
 	}
 	c.version.Add(1)
 	c.memory.Delete(d.key)
-	delete(c.unshared.counts, fileName(d.key))
+	delete(c.unshared.counts, name)
 	c.size += d.file.written - d.replaces
 	if d.replaces == 0 {
 		c.files++
@@ -1272,14 +1273,14 @@ func httpDate(s string) time.Time {
 	return time.Time{}
 }
 
-// dateField returns the Date of a message that is made at t.
-func dateField(t time.Time) Field { return Field{"Date", t.UTC().Format(dateFormat)} }
+// dateField returns a field that tells a time, such as Date or Last-Modified.
+func dateField(name string, t time.Time) Field { return Field{name, t.UTC().Format(dateFormat)} }
 
 // newEntry makes an entry of a response.
 func (t *transaction) newEntry(res *Response) *Entry {
 	e := &Entry{Response: *res, url: t.key.url, hit: fileHit}
 	e.Header = res.endToEnd()
-	e.request = append(Header{dateField(t.asked)}, selectingFields(e.Header, t.sent)...)
+	e.request = append(Header{dateField("Date", t.asked)}, selectingFields(e.Header, t.sent)...)
 	if isInner(res.Origin) {
 		e.request = append(e.request, Field{"Inner", res.Origin.String()})
 	}

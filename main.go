@@ -106,6 +106,8 @@ func run(config config) error {
 		time.Sleep(10 * time.Millisecond)
 	}
 	p.journal.flush()
+	p.journal.Lock() // an exchange that takes longer may still count
+	defer p.journal.Unlock()
 	log.Print(p.journal.summary())
 	return nil
 }
@@ -289,7 +291,7 @@ func (x *exchange) askOrigin(req *Request) (*Response, error) {
 	}
 	x.origin = res.Origin
 	if httpDate(res.Get("Date")).IsZero() {
-		res.Header = append(res.Without("Date"), dateField(x.cache.now()))
+		res.Header = append(res.Without("Date"), dateField("Date", x.cache.now()))
 	}
 	return res, nil
 }
@@ -335,7 +337,7 @@ const (
 // page makes a response of our own. Its Cross-Origin-Resource-Policy keeps
 // pages elsewhere from using it as a script or an image.
 func (x *exchange) page(status int, kind, text string) *Response {
-	h := Header{dateField(x.cache.now()), {"Content-Type", kind},
+	h := Header{dateField("Date", x.cache.now()), {"Content-Type", kind},
 		{"Cross-Origin-Resource-Policy", "same-origin"}}
 	return &Response{Status: status, Reason: statusText[status], Header: h,
 		Length: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
@@ -545,7 +547,7 @@ func (x *exchange) localFile(escaped string) *Response {
 		return nil
 	}
 	res := x.page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
-	res.Header = append(res.Header, Field{"Last-Modified", info.ModTime().UTC().Format(dateFormat)})
+	res.Header = append(res.Header, dateField("Last-Modified", info.ModTime()))
 	res.Length = info.Size()
 	tailor(res, x.req, wholeFile(file))
 	return res

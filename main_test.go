@@ -1182,9 +1182,9 @@ func cacheEntry(response string) *Entry {
 	page := cachePage(response, "")
 	h := splitFields(o.at(page.fields))
 	if !h.Has("Date") {
-		h = append(h, dateField(cacheTime))
+		h = append(h, dateField("Date", cacheTime))
 	}
-	e := &Entry{Response: Response{Status: page.status, Header: h}, request: Header{dateField(cacheTime)}}
+	e := &Entry{Response: Response{Status: page.status, Header: h}, request: Header{dateField("Date", cacheTime)}}
 	e.assess(0, cacheTime)
 	e.Header = h
 	return e
@@ -1408,7 +1408,7 @@ func (s *cacheStore) get(request, fields, text string) string {
 	req.Header = splitFields(request)
 	res, status, _ := s.roundTrip(req, func(req *Request) (*Response, error) {
 		res := &Response{Status: 200, Ready: true, Length: int64(len(text))}
-		res.Header = append(splitFields(fields), dateField(s.time), Field{"ETag", `"1"`})
+		res.Header = append(splitFields(fields), dateField("Date", s.time), Field{"ETag", `"1"`})
 		if req.Header.Has("If-None-Match") {
 			res.Status, text = 304, ""
 		}
