@@ -44,10 +44,9 @@ type Cache struct {
 	warned   atomic.Int64            // when the operator was told last what is wrong, in Unix seconds
 	trimmed  atomic.Int64            // when room was made last on a full disk, likewise
 
-	sync.Mutex // for what follows, and for renaming files
+	sync.Mutex // for what follows, for what changes in a download, and for renaming files
 	downloads  map[key]*download
 	unshared   tally // responses that could not be stored: nobody waits for another one's
-	oversized  tally // responses of unknown length that were larger than the limit
 	misses     tally // counted if -uses asks for that
 	files      int64 // in the directory, and
 	size       int64 // their bytes
@@ -283,21 +282,22 @@ func (e *Entry) isGrowing() bool {
 	return growing
 }
 
-// A fileContent is what stands in a file from start on. Only what section returns
-// can be read; elsewhere the SectionReader is nil.
+// A fileContent is a part of a file.
 type fileContent struct {
 	*io.SectionReader
-	file  *os.File
-	start int64
+	file *os.File
 }
 
-// wholeFile returns all of a file.
-func wholeFile(file *os.File) content { return fileContent{file: file} }
+// newFileContent returns the n bytes of a file from start on.
+func newFileContent(file *os.File, start, n int64) fileContent {
+	return fileContent{io.NewSectionReader(file, start, n), file}
+}
 
 func (f fileContent) Close() error { return f.file.Close() }
 
 func (f fileContent) section(off, n int64) io.ReadCloser {
-	return fileContent{io.NewSectionReader(f.file, f.start+off, n), f.file, f.start + off}
+	_, start, _ := f.Outer()
+	return newFileContent(f.file, start+off, n)
 }
 
 // lookup finds the stored response that the request selects (RFC 9111 §4.1). It
@@ -404,15 +404,12 @@ func (t *transaction) claim() (d *download, mine bool) {
 	t.Lock()
 	defer t.Unlock()
 	d = t.downloads[t.key]
-	if d != nil && d.isOver() {
-		d = nil // it has been dropped, and is to be replaced
-	}
 	if d != nil || t.version != t.Cache.version.Load() {
 		return d, false
 	}
 	d = &download{cache: t.Cache, key: t.key, began: time.Now(), known: make(chan struct{}),
 		firstReads: true}
-	d.grew.L = &d.mu
+	d.grew.L = t.Cache
 	t.downloads[t.key] = d
 	return d, true
 }
@@ -422,7 +419,7 @@ func (t *transaction) claim() (d *download, mine bool) {
 // may not be meant for all, and never for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
 	t.Lock()
-	unshared := t.unshared.has(t.key, unsharedWait, t.now())
+	unshared := t.unshared.has(t.key, t.now())
 	d.awaited = true
 	t.Unlock()
 	part := t.stored == nil && t.req.Has("Range") // which the origin may send at once
@@ -451,7 +448,7 @@ func (t *transaction) release(d *download) {
 	answered := t.status.ForwardStatus != 0 && t.status.ForwardStatus != 304
 	personal := t.req.Has("Authorization") || cacheControl(t.req.Header).Has("no-store")
 	if d.awaited && answered && !personal && !t.req.Has("Range") {
-		t.unshared.add(d.key, unsharedWait, t.now())
+		t.unshared.add(d.key, t.now())
 	}
 }
 
@@ -473,26 +470,28 @@ func (t *transaction) due() bool {
 	}
 	t.Lock()
 	defer t.Unlock()
-	return t.misses.add(t.key, usesWindow, t.now()) >= t.uses
+	return t.misses.add(t.key, t.now()) >= t.uses
 }
 
 // A tally counts by the name of the file for a key, which unlike a URL is never
 // long. When its window is over it begins anew, for all of them at once: that is
 // cheaper than to find out what is old.
 type tally struct {
+	window time.Duration
 	began  time.Time
 	counts map[string]int
 }
 
 // has reports whether a key has been counted in the current window.
-func (t *tally) has(k key, window time.Duration, now time.Time) bool {
-	return t.counts[fileName(k)] > 0 && now.Sub(t.began) <= window
+func (t *tally) has(k key, now time.Time) bool {
+	return t.counts[fileName(k)] > 0 && now.Sub(t.began) <= t.window
 }
 
 // add counts a key once more, and returns how often that was done in the window.
-func (t *tally) add(k key, window time.Duration, now time.Time) int {
-	if now.Sub(t.began) > window || len(t.counts) >= maxKeys {
-		*t = tally{now, map[string]int{}}
+func (t *tally) add(k key, now time.Time) int {
+	if now.Sub(t.began) > t.window || len(t.counts) >= maxKeys {
+		t.began = now
+		t.counts = map[string]int{}
 	}
 	name := fileName(k)
 	t.counts[name]++
@@ -539,9 +538,8 @@ func (t *transaction) keep(d *download, res *Response) content {
 	return reader
 }
 
-// worthStoring reports whether a response may be stored and is likely to fit,
-// and says in the status if not. A response that must not be stored may end
-// what is.
+// worthStoring reports whether a response may be stored, and says in the status
+// why if not. A response that must not be stored may end what is.
 func (t *transaction) worthStoring(d *download, res *Response) bool {
 	may, why := storable(t.req, res, t.CacheConfig)
 	if !may {
@@ -549,16 +547,8 @@ func (t *transaction) worthStoring(d *download, res *Response) bool {
 		if d != nil && t.stored != nil && t.outdates(res) {
 			t.invalidate(d.key)
 		}
-		return false
 	}
-	t.Lock()
-	defer t.Unlock()
-	// Only the body's end tells that a body without a length is too large.
-	if res.Length < 0 && t.oversized.has(t.key, unsharedWait, t.now()) {
-		t.status.Detail = "too-large"
-		return false
-	}
-	return true
+	return may
 }
 
 // outdates reports whether a response that is not stored makes what is stored
@@ -572,11 +562,9 @@ func (t *transaction) outdates(res *Response) bool {
 }
 
 // commit puts a finished file in its place, unless what is stored under the
-// key has been invalidated since the download began.
+// key has been invalidated since the download began. The caller holds the lock.
 func (d *download) commit() error {
 	c := d.cache
-	c.Lock()
-	defer c.Unlock()
 	if !c.forget(d) {
 		return errDropped
 	}
@@ -645,19 +633,17 @@ type download struct {
 	cache    *Cache
 	key      key
 	began    time.Time
-	awaited  bool          // another request has waited for it; under the cache's lock
 	replaces int64         // bytes of the file in whose place it comes
 	known    chan struct{} // is closed when it is known whether there is something to share
+	body     io.ReadCloser // from the origin, or of the entry that is renewed
+	file     *cacheFile    // shared by all readers: somebody may have removed the name
 
-	// What there is to share. It is set once, under the cache's lock.
-	entry *Entry
-	body  io.ReadCloser // from the origin, or of the entry that is renewed
-	file  *cacheFile    // shared by all readers: somebody may have removed the name
-
-	mu         sync.Mutex // for what follows; taken after the cache's
-	grew       sync.Cond  // there is more, or no more comes
-	size       int64      // bytes of the body that may be read
-	err        error      // io.EOF when all has come, or what broke it off
+	// What follows is guarded by the cache's lock.
+	awaited    bool      // another request has waited for it
+	entry      *Entry    // what there is to share, once that is known
+	grew       sync.Cond // there is more, or no more comes
+	size       int64     // bytes of the body that may be read
+	err        error     // io.EOF when all has come, or what broke it off
 	readers    int
 	firstReads bool // the client that caused it is one of them
 }
@@ -680,7 +666,8 @@ func (d *download) run() {
 // kernel, in steps that can be read meanwhile.
 func (d *download) copyFile(old fileContent) error {
 	_, err := d.file.Write(nil) // the head
-	old.file.Seek(old.start, io.SeekStart)
+	_, start, _ := old.Outer()
+	old.file.Seek(start, io.SeekStart)
 	for err == nil && d.file.written-d.file.start < d.entry.Length {
 		var n int64
 		n, err = io.CopyN(d.file.File, old.file, min(copyStep, d.entry.Length-d.size))
@@ -701,8 +688,8 @@ func (d *download) Write(p []byte) (int, error) {
 // announce lets readers have n more bytes, but not the last ones of a known
 // length: the entry has to be in its place when a client has all of it.
 func (d *download) announce(n int64) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.cache.Lock()
+	defer d.cache.Unlock()
 	if d.size+n != d.entry.Length {
 		d.size += n
 		d.grew.Broadcast()
@@ -714,30 +701,26 @@ func (d *download) announce(n int64) {
 // removes it. Then it wakes the readers. If the file took no more and the first
 // client still reads, that one goes on with the body itself, and closes it.
 func (d *download) finish(copyError error) {
+	c := d.cache
 	storeError := copyError
 	if copyError == nil && d.entry.Length < 0 {
 		_, storeError = d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-lengthBytes)
 	}
+	c.Lock()
 	if storeError == nil {
 		storeError = d.commit()
 	}
+	c.forget(d)
+	c.Unlock()
 	if storeError != nil {
-		d.cache.Lock()
-		d.cache.forget(d)
-		d.cache.Unlock()
 		d.file.root.Remove(d.file.name)
 	}
 	if d.file.full {
-		d.cache.trouble(copyError)
-	}
-	if copyError == errTooLarge {
-		d.cache.Lock()
-		d.cache.oversized.add(d.key, unsharedWait, d.cache.now())
-		d.cache.Unlock()
+		c.trouble(copyError)
 	}
 
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	c.Lock()
+	defer c.Unlock()
 	if copyError == nil {
 		d.size = d.file.written - d.file.start
 	}
@@ -751,20 +734,8 @@ func (d *download) finish(copyError error) {
 	}
 }
 
-// isOver reports whether no more comes.
-func (d *download) isOver() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.err != nil
-}
-
-// join adds a reader, and returns the entry for it, or nil if it is too late.
+// join adds a reader, and returns the entry for it. The caller holds the lock.
 func (d *download) join() *Entry {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.err != nil {
-		return nil
-	}
 	d.readers++
 	e := *d.entry
 	e.content = &follower{download: d}
@@ -816,12 +787,12 @@ func (f *follower) Read(p []byte) (int, error) {
 // await waits for bytes, and returns how many there are, or why there are no
 // more.
 func (f *follower) await() (int64, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.cache.Lock()
+	defer f.cache.Unlock()
 	if f.size <= f.off && f.err == nil && f.to != nil {
-		f.mu.Unlock()
+		f.cache.Unlock()
 		f.to.Flush()
-		f.mu.Lock()
+		f.cache.Lock()
 	}
 	for f.size <= f.off && f.err == nil {
 		f.grew.Wait()
@@ -847,8 +818,8 @@ var errDropped = errors.New("nobody wants it any more")
 // Close ends the reading of one client. When the last one leaves, the download
 // goes on if at most maxUnread bytes are to come, and is dropped otherwise.
 func (f *follower) Close() error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.cache.Lock()
+	defer f.cache.Unlock()
 	f.readers--
 	f.firstReads = f.firstReads && !f.first
 	left := f.entry.Length - f.size // negative if nobody knows
@@ -858,8 +829,9 @@ func (f *follower) Close() error {
 	over, unread := f.err != nil, f.readers == 0
 	switch {
 	case !over && unread && (left < 0 || left > maxUnread):
-		f.err = errDropped // nobody can join it any more, and
-		f.body.Close()     // run is to end
+		f.err = errDropped
+		f.cache.forget(f.download) // nobody is to join it any more, and
+		f.body.Close()             // run is to end
 	case over && f.first && f.file.full:
 		f.body.Close() // which finish has left to readOn
 	}
@@ -1357,6 +1329,11 @@ func (e *Entry) transcript() []byte {
 	return fmt.Appendf(e.Header.appendTo(b), "Content-Length: "+lengthFormat, e.Length)
 }
 
+// Files are opened so that a pipe among them can't hold us up. It also spares
+// four of the ten system calls that storing a small response took: package os
+// does not try whether it can wait for such files.
+const openFlags = syscall.O_NONBLOCK
+
 // A cacheFile is a file that is being written. It keeps what it could not
 // write, so that nothing is lost.
 type cacheFile struct {
@@ -1380,7 +1357,7 @@ func (c *Cache) create(e *Entry) (f *cacheFile, err error) {
 	f.start = int64(len(f.head))
 	for range 2 {
 		f.root = c.root.Load()
-		f.File, err = f.root.OpenFile(f.name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		f.File, err = f.root.OpenFile(f.name, openFlags|os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		if !errors.Is(err, fs.ErrNotExist) || c.openRoot() != nil {
 			break
 		}
@@ -1411,7 +1388,7 @@ func (f *cacheFile) Write(p []byte) (int, error) {
 // readEntry reads a file, but not the body. It returns nil if the file is none
 // of ours, or not whole.
 func readEntry(root *os.Root, name string) *Entry {
-	file, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe must not hold us up
+	file, err := root.OpenFile(name, openFlags|os.O_RDONLY, 0)
 	if err != nil {
 		return nil
 	}
@@ -1430,13 +1407,18 @@ func readEntry(root *os.Root, name string) *Entry {
 		weight:   info.Size(),
 		used:     info.ModTime(),
 		hit:      fileHit,
-		content:  fileContent{file: file, start: start},
+		content:  newFileContent(file, start, length),
 	}
 }
 
 // newCache opens the directory, and makes sure that it can be written to.
 func newCache(config CacheConfig) (*Cache, error) {
-	c := &Cache{CacheConfig: config, downloads: map[key]*download{}}
+	c := &Cache{
+		CacheConfig: config,
+		downloads:   map[key]*download{},
+		unshared:    tally{window: unsharedWait},
+		misses:      tally{window: usesWindow},
+	}
 	if err := c.openRoot(); err != nil {
 		return nil, err
 	}
@@ -1459,15 +1441,6 @@ func (c *Cache) openRoot() error {
 		c.root.Store(root)
 	}
 	return err
-}
-
-// reopen opens the directory anew if it has been replaced by another one.
-func (c *Cache) reopen() {
-	there, err := os.Stat(c.dir)
-	here, gone := c.root.Load().Stat(".")
-	if err == nil && (gone != nil || !os.SameFile(here, there)) {
-		c.openRoot()
-	}
 }
 
 // usage returns how many files and bytes the directory holds.

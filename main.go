@@ -164,7 +164,6 @@ func (p *proxy) serve(listener net.Listener) {
 		for ; ; time.Sleep(100 * time.Millisecond) {
 			p.journal.flush()
 			p.origins.closeIdle()
-			p.cache.reopen()
 		}
 	})
 	go guard(func() { p.cache.trim(false) })
@@ -549,7 +548,7 @@ func (x *exchange) localFile(escaped string) *Response {
 	res := x.page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
 	res.Header = append(res.Header, dateField("Last-Modified", info.ModTime()))
 	res.Length = info.Size()
-	tailor(res, x.req, wholeFile(file))
+	tailor(res, x.req, newFileContent(file, 0, info.Size()))
 	return res
 }
 
