@@ -38,18 +38,20 @@ import (
 type Cache struct {
 	CacheConfig
 	root     atomic.Pointer[os.Root] // the directory
-	memory   sync.Map                // key to *Entry: small ones, as their files were a moment ago
+	memory   sync.Map                // name to *Entry: small ones, as their files were a moment ago
 	inMemory atomic.Int64            // bytes of bodies in memory, whoever still reads them
 	version  atomic.Int64            // counts what is stored and removed
+	files    atomic.Int64            // in the directory, and
+	size     atomic.Int64            // their bytes
 	warned   atomic.Int64            // when the operator was told last what is wrong, in Unix seconds
 	trimmed  atomic.Int64            // when room was made last on a full disk, likewise
 
-	sync.Mutex // for what follows, for what changes in a download, and for renaming files
-	downloads  map[key]*download
-	unshared   tally // responses that could not be stored: nobody waits for another one's
-	misses     tally // counted if -uses asks for that
-	files      int64 // in the directory, and
-	size       int64 // their bytes
+	// The lock is for what follows, for what changes in a download, and for renaming files.
+	sync.Mutex
+	downloads map[string]*download // by the name that the file is to have
+	unshared  map[string]time.Time // when the answer could not be stored: nobody waits for the next
+	misses    map[string]int       // counted if -uses asks for that
+	counting  time.Time            // since when
 }
 
 // A CacheConfig is what the rest of the program decides about a cache.
@@ -64,17 +66,13 @@ type CacheConfig struct {
 	guard      func(func())     // runs what a goroutine does, and survives its bugs
 }
 
-// A key names what is stored: a URL without its scheme and, for one of the
-// variants that Vary sets apart, a hash of the request fields that select it.
-type key struct{ url, variant string }
-
 // A transaction is one request on its way through the cache.
 type transaction struct {
 	*Cache
 	req     *Request
 	ask     func(*Request) (*Response, error) // sends a request to its origin
 	asked   time.Time
-	key     key    // of what the request selects
+	name    string // of the file of what the request selects
 	sent    Header // of the request, as the origin sees it: Vary selects by that
 	stored  *Entry // what it selects, or nil
 	version int64  // Cache.version before that was looked up
@@ -117,12 +115,12 @@ func (t *transaction) respond() (*Response, error) {
 		if t.stored != nil && t.stored.isGrowing() || t.req.Method == "HEAD" || !t.due() {
 			return t.forward(nil, why)
 		}
-		switch d, mine := t.claim(); {
-		case mine:
+		d, mine := t.claim()
+		if mine {
 			defer t.release(d)
 			return t.forward(d, why)
-		case d == nil: // the store has changed: look again at once
-		case !t.wait(d):
+		}
+		if d != nil && !t.wait(d) { // without one, the store has changed: look again at once
 			return t.forward(nil, why)
 		}
 		t.drop()
@@ -131,7 +129,8 @@ func (t *transaction) respond() (*Response, error) {
 
 // serveStored answers with what is stored, as it is.
 func (t *transaction) serveStored() *Response {
-	e := t.take()
+	e := t.stored
+	t.stored = nil // the response closes its body
 	t.status.TTL = e.lifetime - t.asked.Sub(e.born)
 	t.status.Outcome = e.hit
 	if e.isGrowing() {
@@ -139,13 +138,12 @@ func (t *transaction) serveStored() *Response {
 		t.status.Forward = "uri-miss"
 	}
 	age := min(max(0, t.now().Sub(e.born)/time.Second), maxSeconds)
-	res := e.Response
-	res.Header = append(slices.Clip(e.Header), Field{"Age", strconv.Itoa(int(age))})
-	tailor(&res, t.req, e.content)
-	if res.Status == 304 {
+	e.Header = append(slices.Clip(e.Header), Field{"Age", strconv.Itoa(int(age))})
+	tailor(&e.Response, t.req)
+	if e.Status == 304 {
 		t.status.Outcome = notModifiedHit
 	}
-	return &res
+	return &e.Response
 }
 
 // forward asks the origin: for all of it, or whether a stale entry is still
@@ -184,12 +182,12 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 	if !isSafe(req.Method) && res.Status < 400 {
 		t.invalidateBy(res)
 	}
-	if body := t.keep(d, res); body != nil {
+	if t.keep(d, res) {
 		client := *t.req
 		if !validates { // the origin has already evaluated the client's own date
 			client.Header = client.Without("If-Modified-Since")
 		}
-		tailor(res, &client, body)
+		tailor(res, &client)
 	}
 	return res, nil
 }
@@ -208,41 +206,30 @@ func (t *transaction) renew(d *download, validation *Response) (*Response, error
 	res := old.Response
 	res.Header = updated(old.Header, validation.Header)
 	res.Origin = validation.Origin
-	_, res.Ready = old.content.(*memoryContent)
-	res.Body = old.content.section(0, old.Length)
-	body := t.keep(d, &res)
-	if body == nil {
-		body = old.content
-	}
-	t.take() // the response closes the content
+	t.keep(d, &res)
+	t.stored = nil // the download closes its body, or else the response does
 	for _, f := range validation.Header {
 		if equalFold(f.Name, "Set-Cookie") {
 			res.Header = append(res.Header, f) // for this client alone
 		}
 	}
-	tailor(&res, t.req, body)
+	tailor(&res, t.req)
 	return &res, nil
-}
-
-// take hands over the stored entry, whose content the caller has to close.
-func (t *transaction) take() *Entry {
-	e := t.stored
-	t.stored = nil
-	return e
 }
 
 // drop lets go of an entry that is of no use.
 func (t *transaction) drop() {
 	if t.stored != nil {
-		t.take().content.Close()
+		t.stored.Body.Close()
+		t.stored = nil
 	}
 }
 
-// An Entry is a stored response, or one that is just being stored. It does
-// not change once anybody else can see it.
+// An Entry is a stored response, or one that is just being stored. Each look-up
+// makes one of its own, whose Body is an io.Seeker: it can be read from any
+// place on.
 type Entry struct {
-	Response                 // without a body, nor Age in the header
-	url            string    // without its scheme
+	Response                 // without Age in the header
 	request        Header    // when it was asked for, and what Vary selects by
 	born           time.Time // when its age was 0
 	lifetime       time.Duration
@@ -250,55 +237,34 @@ type Entry struct {
 	weight         int64     // bytes of the file
 	used           time.Time // when the file was last used; in memory, when it was read
 	hit            outcome   // fileHit or memoryHit: how an answer from it is logged
-	content        content
-}
-
-// A content holds the body of an entry. Its owner calls Close if the body is not
-// needed. Otherwise it calls section for a reader of n bytes from offset off on,
-// or to the end if n is -1; closing that reader closes the content.
-type content interface {
-	section(off, n int64) io.ReadCloser
-	io.Closer
-}
-
-// A memoryContent is the body itself. A reader keeps it from being collected as
-// garbage, so that it counts for as long as it takes up memory.
-type memoryContent struct{ body []byte }
-
-func (m *memoryContent) Close() error { return nil }
-
-func (m *memoryContent) section(off, n int64) io.ReadCloser {
-	return memorySection{bytes.NewReader(m.body[off : off+n]), m}
-}
-
-type memorySection struct {
-	*bytes.Reader
-	*memoryContent
+	text           []byte    // the body, if it is in memory
 }
 
 // isGrowing reports whether an entry is still on its way.
 func (e *Entry) isGrowing() bool {
-	_, growing := e.content.(*follower)
+	_, growing := e.Body.(*follower)
 	return growing
 }
 
-// A fileContent is a part of a file.
-type fileContent struct {
+// A memoryBody reads a body in memory.
+type memoryBody struct {
+	*bytes.Reader
+	io.Closer
+}
+
+// A fileBody reads a part of a file.
+type fileBody struct {
 	*io.SectionReader
-	file *os.File
+	file  *os.File
+	start int64
 }
 
-// newFileContent returns the n bytes of a file from start on.
-func newFileContent(file *os.File, start, n int64) fileContent {
-	return fileContent{io.NewSectionReader(file, start, n), file}
+// newFileBody returns the n bytes of a file from start on.
+func newFileBody(file *os.File, start, n int64) fileBody {
+	return fileBody{io.NewSectionReader(file, start, n), file, start}
 }
 
-func (f fileContent) Close() error { return f.file.Close() }
-
-func (f fileContent) section(off, n int64) io.ReadCloser {
-	_, start, _ := f.Outer()
-	return newFileContent(f.file, start+off, n)
-}
+func (b fileBody) Close() error { return b.file.Close() }
 
 // lookup finds the stored response that the request selects (RFC 9111 §4.1). It
 // reports whether that may answer as it is, or else why the origin must be asked.
@@ -308,17 +274,17 @@ func (f fileContent) section(off, n int64) io.ReadCloser {
 // text. The name of any other variant ends in a hash of those fields and of
 // that text. So removing the first file makes all of them unreachable.
 func (t *transaction) lookup() (fresh bool, why reason) {
-	t.key = key{url: t.req.URL.Host() + t.req.URL.Path}
+	t.name = fileName(t.req.URL.Host() + t.req.URL.Path)
 	t.version = t.Cache.version.Load()
-	t.stored = t.find(t.key)
+	t.stored = t.find()
 	why = "uri-miss"
 	if t.stored != nil && !t.stored.selectedBy(t.sent) {
 		why = "vary-miss"
 		selecting := selectingFields(t.stored.Header, t.sent)
 		hash := sha256.Sum256(fmt.Appendf(nil, "%q%q", t.stored.request.Get("Generation"), selecting))
-		t.key.variant = fmt.Sprintf("~%x", hash[:8])
+		t.name += fmt.Sprintf("~%x", hash[:8])
 		t.drop()
-		t.stored = t.find(t.key)
+		t.stored = t.find()
 		if t.stored != nil && !t.stored.selectedBy(t.sent) {
 			t.drop()
 		}
@@ -329,71 +295,81 @@ func (t *transaction) lookup() (fresh bool, why reason) {
 	return t.stored.satisfies(t.req.Header, t.asked)
 }
 
-// find returns what there is under a key: in memory, on its way, or in a file.
+// find returns what there is under the name: in memory, on its way, or in a file.
 // Memory may answer for memoryTrust, so what another process stores or removes
 // is soon noticed.
-func (t *transaction) find(k key) *Entry {
-	if kept, found := t.memory.Load(k); found && t.now().Sub(kept.(*Entry).used).Abs() <= memoryTrust {
-		return kept.(*Entry)
+func (t *transaction) find() *Entry {
+	kept, found := t.memory.Load(t.name)
+	if found && t.now().Sub(kept.(*Entry).used).Abs() <= memoryTrust {
+		e := *kept.(*Entry)
+		e.hit = memoryHit
+		e.Body = memoryBody{bytes.NewReader(e.text), io.NopCloser(nil)}
+		return &e
 	}
 	var e *Entry
 	t.Lock()
-	if d := t.downloads[k]; d != nil && d.entry != nil {
-		e = d.join()
+	if d := t.downloads[t.name]; d != nil && d.entry != nil {
+		growing := *d.entry
+		growing.Body = d.join()
+		e = &growing
 	}
 	t.Unlock()
 	if e == nil {
-		e = t.open(k)
+		e = t.open()
 	}
 	return e
 }
 
-// open returns the entry in the file for a key. A damaged file is a miss, and
-// so is the file of another URL, or one that today's rules would not store. A
-// small body is read into memory: answering from a file takes 20 µs longer.
-func (t *transaction) open(k key) *Entry {
-	root, name, now := t.root.Load(), fileName(k), t.now()
-	e := readEntry(root, name)
+// open returns the entry in the file of the name. A damaged file is a miss, and
+// so is one that today's rules would not store.
+func (t *transaction) open() *Entry {
+	e := readEntry(t.root.Load(), t.name)
 	if e == nil {
 		return nil
 	}
-	if e.url != k.url || e.Status == 206 || e.Has("Set-Cookie") ||
-		e.request.Has("Inner") && !t.shareInner {
-		e.content.Close()
+	if e.Status == 206 || e.Has("Set-Cookie") || e.request.Has("Inner") && !t.shareInner {
+		e.Body.Close()
 		return nil
 	}
+	now := t.now()
 	if now.Sub(e.used) > time.Minute {
-		root.Chtimes(name, now, now) // trim goes by that
+		t.root.Load().Chtimes(t.name, now, now) // trim goes by that
 	}
 	e.used = now
 	e.assess(t.ttl, now)
-	e.Header = e.Without("Age", "Content-Length")
-	if e.Length > maxInMemory || t.inMemory.Load() > 2*maxMemory {
-		return e
-	}
-
-	file := e.content.section(0, e.Length)
-	defer file.Close()
-	body := &memoryContent{make([]byte, e.Length)}
-	if _, err := io.ReadFull(file, body.body); err != nil {
-		return nil
-	}
-	e.content = body
-	kept := *e
-	kept.hit = memoryHit
-	c, weight := t.Cache, e.weight+1<<10
-	runtime.AddCleanup(body, func(weight int64) { c.inMemory.Add(-weight) }, weight)
-	full := c.inMemory.Add(weight) > maxMemory
-	t.Lock()
-	defer t.Unlock()
-	if full {
-		t.memory.Clear() // to read them again is cheap
-	}
-	// It must not hide a newer one, stored since or on its way.
-	if t.version == t.Cache.version.Load() && t.downloads[k] == nil {
-		t.memory.Store(k, &kept)
+	if e.Length <= maxInMemory {
+		t.remember(e)
 	}
 	return e
+}
+
+// remember reads a body into memory: answering from a file takes 20 µs longer.
+// What memory holds counts until the last client has read it, and the garbage
+// collector has found that out.
+func (t *transaction) remember(e *Entry) {
+	if t.inMemory.Load() > maxMemory {
+		t.memory.Clear() // to read them again is cheap
+		return
+	}
+	body := e.Body.(fileBody)
+	text := make([]byte, e.weight) // with the head in front, so that it is never empty
+	if _, err := body.file.ReadAt(text, 0); err != nil {
+		return
+	}
+	c := t.Cache
+	c.inMemory.Add(e.weight)
+	runtime.AddCleanup(&text[0], func(weight int64) { c.inMemory.Add(-weight) }, e.weight)
+	body.Close()
+	e.text = text[body.start:]
+	e.Body = memoryBody{bytes.NewReader(e.text), io.NopCloser(nil)}
+	e.Ready = true
+	kept := *e
+	t.Lock()
+	defer t.Unlock()
+	// It must not hide a newer one, stored since or on its way.
+	if t.version == t.Cache.version.Load() && t.downloads[t.name] == nil {
+		t.memory.Store(t.name, &kept)
+	}
 }
 
 // claim decides who asks the origin. It returns a new download and true if this
@@ -403,14 +379,13 @@ func (t *transaction) open(k key) *Entry {
 func (t *transaction) claim() (d *download, mine bool) {
 	t.Lock()
 	defer t.Unlock()
-	d = t.downloads[t.key]
+	d = t.downloads[t.name]
 	if d != nil || t.version != t.Cache.version.Load() {
 		return d, false
 	}
-	d = &download{cache: t.Cache, key: t.key, began: time.Now(), known: make(chan struct{}),
-		firstReads: true}
-	d.grew.L = t.Cache
-	t.downloads[t.key] = d
+	d = &download{cache: t.Cache, name: t.name, began: time.Now(),
+		known: make(chan struct{}), grew: sync.NewCond(t.Cache), users: 1}
+	t.downloads[t.name] = d
 	return d, true
 }
 
@@ -419,7 +394,7 @@ func (t *transaction) claim() (d *download, mine bool) {
 // may not be meant for all, and never for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
 	t.Lock()
-	unshared := t.unshared.has(t.key, t.now())
+	unshared := t.now().Sub(t.unshared[t.name]) <= unsharedWait
 	d.awaited = true
 	t.Unlock()
 	part := t.stored == nil && t.req.Has("Range") // which the origin may send at once
@@ -434,166 +409,144 @@ func (t *transaction) wait(d *download) bool {
 	}
 }
 
-// release ends a claim from which no download has come. If others have waited
-// for it, and the answer to a plain GET could not be shared, that is remembered:
-// else they would be served one after another.
+// release tells those who wait for a claim that they can look again. If no
+// download has come from it, because the answer to a plain GET could not be
+// shared, that is remembered: else they would be served one after another.
 func (t *transaction) release(d *download) {
 	t.Lock()
 	defer t.Unlock()
+	close(d.known)
 	if d.entry != nil {
 		return
 	}
 	t.forget(d)
-	close(d.known)
 	answered := t.status.ForwardStatus != 0 && t.status.ForwardStatus != 304
 	personal := t.req.Has("Authorization") || cacheControl(t.req.Header).Has("no-store")
 	if d.awaited && answered && !personal && !t.req.Has("Range") {
-		t.unshared.add(d.key, t.now())
+		if len(t.unshared) >= maxNames {
+			clear(t.unshared)
+		}
+		t.unshared[d.name] = t.now()
 	}
 }
 
 // forget takes a download off the map, and reports whether it was there. The
 // caller holds the lock.
 func (c *Cache) forget(d *download) bool {
-	found := c.downloads[d.key] == d
+	found := c.downloads[d.name] == d
 	if found {
-		delete(c.downloads, d.key)
+		delete(c.downloads, d.name)
 	}
 	return found
 }
 
 // due counts a request that has to be fetched, and reports whether its answer
-// is to be stored.
+// is to be stored. When the window is over all counts begin anew: that is cheaper
+// than to find out which of them are old.
 func (t *transaction) due() bool {
 	if t.uses <= 1 || t.stored != nil {
 		return true
 	}
 	t.Lock()
 	defer t.Unlock()
-	return t.misses.add(t.key, t.now()) >= t.uses
-}
-
-// A tally counts by the name of the file for a key, which unlike a URL is never
-// long. When its window is over it begins anew, for all of them at once: that is
-// cheaper than to find out what is old.
-type tally struct {
-	window time.Duration
-	began  time.Time
-	counts map[string]int
-}
-
-// has reports whether a key has been counted in the current window.
-func (t *tally) has(k key, now time.Time) bool {
-	return t.counts[fileName(k)] > 0 && now.Sub(t.began) <= t.window
-}
-
-// add counts a key once more, and returns how often that was done in the window.
-func (t *tally) add(k key, now time.Time) int {
-	if now.Sub(t.began) > t.window || len(t.counts) >= maxKeys {
-		t.began = now
-		t.counts = map[string]int{}
+	if t.now().Sub(t.counting) > usesWindow || len(t.misses) >= maxNames {
+		t.counting = t.now()
+		clear(t.misses)
 	}
-	name := fileName(k)
-	t.counts[name]++
-	return t.counts[name]
+	t.misses[t.name]++
+	return t.misses[t.name] >= t.uses
 }
 
 // keep begins to store a response, if it may be stored and is worth it, and
-// returns where its body is from now on. Else it returns nil, and the body
-// stays where it is. d is the caller's claim, if any.
-func (t *transaction) keep(d *download, res *Response) content {
-	if !t.worthStoring(d, res) || d == nil {
-		return nil
+// reports whether it does: then the body is read from the store, and can be
+// read from any place on. d is the caller's claim, if any.
+func (t *transaction) keep(d *download, res *Response) bool {
+	if !t.worthStoring(res) || d == nil {
+		return false
 	}
 	e := t.newEntry(res)
-	file, err := t.create(e)
+	file, err := t.create(t.req.URL, e)
 	if err != nil {
 		t.status.Detail = "disk-error"
 		t.trouble(err)
-		return nil
+		return false
 	}
 	e.assess(t.ttl, t.now())
-	e.Header = e.Without("Age") // which is in the file, and else told anew each time
 	if t.stored != nil {
 		d.replaces = t.stored.weight
 	}
 
 	t.Lock()
-	d.entry, d.file, d.body = e, file, res.Body
-	t.memory.Delete(d.key)
-	reader := d.join().content.(*follower)
-	reader.first = true
+	d.entry = e
+	d.file = file
+	d.body = res.Body
+	t.memory.Delete(d.name)
+	res.Body = d.join()
 	t.Unlock()
-	close(d.known)
 	t.status.Stored = true
 	if !res.Ready {
 		go t.guard(d.run)
-		return reader
+		return true
 	}
 	d.run() // a body that is here already, as most are, needs no goroutine
-	if file.full {
+	if d.rest != nil {
 		t.status.Stored = false
 		t.status.Detail = "disk-error"
 	}
-	return reader
+	return true
 }
 
 // worthStoring reports whether a response may be stored, and says in the status
-// why if not. A response that must not be stored may end what is.
-func (t *transaction) worthStoring(d *download, res *Response) bool {
+// why if not. A response that could be stored for no request at all ends what is
+// stored: it is newer, or says that this must not be stored any more.
+func (t *transaction) worthStoring(res *Response) bool {
 	may, why := storable(t.req, res, t.CacheConfig)
-	if !may {
-		t.status.Detail = why
-		if d != nil && t.stored != nil && t.outdates(res) {
-			t.invalidate(d.key)
-		}
+	if may {
+		return true
 	}
-	return may
+	t.status.Detail = why
+	if t.stored == nil || !isHeuristic(res.Status) {
+		return false
+	}
+	mayForOthers, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
+	if !mayForOthers {
+		t.invalidate(t.name)
+	}
+	return false
 }
 
-// outdates reports whether a response that is not stored makes what is stored
-// useless: it is a newer one, or says that it must not be stored any more.
-func (t *transaction) outdates(res *Response) bool {
-	if t.status.ForwardStatus != 304 {
-		return isHeuristic(res.Status)
-	}
-	mayBeStored, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
-	return !mayBeStored
-}
-
-// commit puts a finished file in its place, unless what is stored under the
-// key has been invalidated since the download began. The caller holds the lock.
-func (d *download) commit() error {
+// commit puts a finished file in its place, and reports whether it is there. The
+// caller holds the lock.
+func (d *download) commit() bool {
 	c := d.cache
-	if !c.forget(d) {
-		return errDropped
+	if d.entry.Length < 0 {
+		d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-lengthBytes)
 	}
-	name := fileName(d.key)
-	if err := d.file.root.Rename(d.file.name, name); err != nil {
-		return err
+	if d.file.root.Rename(d.file.name, d.name) != nil {
+		return false
 	}
 	c.version.Add(1)
-	c.memory.Delete(d.key)
-	delete(c.unshared.counts, name)
-	c.size += d.file.written - d.replaces
+	c.memory.Delete(d.name)
+	delete(c.unshared, d.name)
 	if d.replaces == 0 {
-		c.files++
+		c.files.Add(1)
 	}
-	if c.size > c.limit {
-		c.size = 0 // so that only one trims: it counts anew
+	size := c.size.Add(d.file.start + d.size - d.replaces)
+	if size > c.limit {
+		c.size.Store(0) // so that only one trims: it counts anew
 		go c.guard(func() { c.trim(false) })
 	}
-	return nil
+	return true
 }
 
-// invalidate removes what is stored under a key, or on its way there.
-func (c *Cache) invalidate(k key) {
+// invalidate removes what is stored under a name, or on its way there.
+func (c *Cache) invalidate(name string) {
 	c.Lock()
 	defer c.Unlock()
-	delete(c.downloads, k)
-	c.memory.Delete(k)
+	delete(c.downloads, name)
+	c.memory.Delete(name)
 	c.version.Add(1)
-	c.root.Load().Remove(fileName(k))
+	c.root.Load().Remove(name)
 }
 
 // invalidateBy removes what a request has made invalid that may have changed
@@ -603,7 +556,7 @@ func (t *transaction) invalidateBy(res *Response) {
 	for _, reference := range []string{t.req.URL.Path,
 		res.Get("Location"), res.Get("Content-Location")} {
 		if path := strings.TrimPrefix(reference, "http://"+here); strings.HasPrefix(path, "/") {
-			t.invalidate(key{url: here + path})
+			t.invalidate(fileName(here + path))
 		}
 	}
 }
@@ -631,7 +584,7 @@ func (c *Cache) trouble(err error) {
 // has the answer finds the entry.
 type download struct {
 	cache    *Cache
-	key      key
+	name     string // that the file gets when it is whole
 	began    time.Time
 	replaces int64         // bytes of the file in whose place it comes
 	known    chan struct{} // is closed when it is known whether there is something to share
@@ -639,216 +592,179 @@ type download struct {
 	file     *cacheFile    // shared by all readers: somebody may have removed the name
 
 	// What follows is guarded by the cache's lock.
-	awaited    bool      // another request has waited for it
-	entry      *Entry    // what there is to share, once that is known
-	grew       sync.Cond // there is more, or no more comes
-	size       int64     // bytes of the body that may be read
-	err        error     // io.EOF when all has come, or what broke it off
-	readers    int
-	firstReads bool // the client that caused it is one of them
+	awaited bool       // another request has waited for it
+	entry   *Entry     // what there is to share, once that is known
+	grew    *sync.Cond // there is more, or no more comes
+	size    int64      // bytes of the body that are in the file
+	rest    io.Reader  // of the body, once the file takes no more: the first client goes on there
+	err     error      // io.EOF when all has come, or what broke it off
+	users   int        // the readers and, until it has ended, run
 }
 
-// run brings the body into the file.
+// run brings the body into the file. What that does not take is kept for the
+// first client.
 func (d *download) run() {
 	err := errors.New("a bug ended the download") // unless another takes its place
 	defer func() { d.finish(err) }()
-	if renewed, ok := d.body.(fileContent); ok {
+	if renewed, ok := d.body.(fileBody); ok {
 		err = d.copyFile(renewed)
-	} else {
-		_, err = io.Copy(d, io.TeeReader(d.body, d.file))
+		return
 	}
-	if err == nil && d.file.written == 0 {
-		_, err = d.file.Write(nil) // the head goes without a body
+	err = copyBody(d, io.TeeReader(d.body, d.file), d.entry.Length)
+	if d.file.refused != nil {
+		d.rest = io.MultiReader(bytes.NewReader(d.file.refused), d.body)
 	}
 }
 
 // copyFile copies the body from file to file, which Linux does inside the
 // kernel, in steps that can be read meanwhile.
-func (d *download) copyFile(old fileContent) error {
-	_, err := d.file.Write(nil) // the head
-	_, start, _ := old.Outer()
-	old.file.Seek(start, io.SeekStart)
-	for err == nil && d.file.written-d.file.start < d.entry.Length {
+func (d *download) copyFile(old fileBody) (err error) {
+	old.file.Seek(old.start, io.SeekStart)
+	for err == nil && d.size < d.entry.Length {
 		var n int64
 		n, err = io.CopyN(d.file.File, old.file, min(copyStep, d.entry.Length-d.size))
-		d.file.written += n
 		d.announce(n)
 	}
-	d.file.full = err != nil && !errors.Is(err, os.ErrClosed) // as Close does to end this
-	old.Seek(d.size, io.SeekStart)                            // readOn goes on from there
+	if err != nil {
+		old.Seek(d.size, io.SeekStart)
+		d.rest = old
+	}
 	return err
 }
 
-// Write tells the readers of what has just been written to the file.
+// Write lets the readers have what has just been written to the file.
 func (d *download) Write(p []byte) (int, error) {
 	d.announce(int64(len(p)))
 	return len(p), nil
 }
 
-// announce lets readers have n more bytes, but not the last ones of a known
-// length: the entry has to be in its place when a client has all of it.
+// announce lets the readers have n more bytes of the file.
 func (d *download) announce(n int64) {
 	d.cache.Lock()
 	defer d.cache.Unlock()
-	if d.size+n != d.entry.Length {
-		d.size += n
-		d.grew.Broadcast()
-	}
+	d.size += n
+	d.grew.Broadcast()
 }
 
-// finish ends the download; copyError tells why the copying stopped early, if it
-// did. If the whole body has come, finish puts the file in its place, and else
-// removes it. Then it wakes the readers. If the file took no more and the first
-// client still reads, that one goes on with the body itself, and closes it.
-func (d *download) finish(copyError error) {
-	c := d.cache
-	storeError := copyError
-	if copyError == nil && d.entry.Length < 0 {
-		_, storeError = d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-lengthBytes)
+// finish ends the download; err tells why the copying stopped early, if it did.
+// If the whole body has come, and what is stored has not been invalidated since
+// it began, finish puts the file in its place, and else removes it. Then it wakes
+// the readers. If the file took no more, the first client goes on with the body
+// itself.
+func (d *download) finish(err error) {
+	if d.rest != nil {
+		d.cache.trouble(err)
 	}
-	c.Lock()
-	if storeError == nil {
-		storeError = d.commit()
-	}
-	c.forget(d)
-	c.Unlock()
-	if storeError != nil {
+	d.cache.Lock()
+	defer d.cache.Unlock()
+	wanted := d.cache.forget(d)
+	if err != nil || !wanted || !d.commit() {
 		d.file.root.Remove(d.file.name)
 	}
-	if d.file.full {
-		c.trouble(copyError)
-	}
-
-	c.Lock()
-	defer c.Unlock()
-	if copyError == nil {
-		d.size = d.file.written - d.file.start
-	}
-	d.err = cmp.Or(copyError, io.EOF)
+	d.err = cmp.Or(err, io.EOF)
 	d.grew.Broadcast()
-	if !d.file.full || !d.firstReads {
+	if d.rest == nil {
 		d.body.Close()
 	}
-	if d.readers == 0 {
+	d.leave()
+}
+
+// leave ends the use that a reader, or run, makes of the download. Who is last
+// closes what they shared. The caller holds the lock.
+func (d *download) leave() {
+	d.users--
+	if d.users == 0 {
+		d.body.Close()
 		d.file.Close()
 	}
 }
 
-// join adds a reader, and returns the entry for it. The caller holds the lock.
-func (d *download) join() *Entry {
-	d.readers++
-	e := *d.entry
-	e.content = &follower{download: d}
-	return &e
+// join adds a reader. The client that has caused the download is the first, and
+// gets what the file does not take. The caller holds the lock.
+func (d *download) join() *follower {
+	d.users++
+	return &follower{download: d, first: d.users == 2}
 }
 
 // A follower reads a download, and waits for what has not come yet.
 type follower struct {
 	*download
-	first    bool // this is the client that caused the download
-	off, end int64
-	to       flusher   // the client, flushed before a wait: it must not wait for what is here
-	rest     io.Reader // what the file did not take
+	first bool // there was no other reader when it came
+	off   int64
+	to    flusher // the client, flushed before a wait: it must not wait for what is here
 }
 
 func (f *follower) flushBeforeWait(to flusher) { f.to = to }
 
-// section begins to read at off. Where n is -1 it goes on to the end.
-func (f *follower) section(off, n int64) io.ReadCloser {
-	f.off, f.end = off, off+n
-	if n < 0 {
-		f.end = maxLength
-	}
-	return f
+// Seek lets the next Read begin at off.
+func (f *follower) Seek(off int64, _ int) (int64, error) {
+	f.off = off
+	return off, nil
 }
 
 // Read reads from the file what has been written to it. It waits if that is
-// nothing yet.
+// nothing yet. The first client goes on with what the file did not take; if it
+// has asked for a range that begins there, some of that is skipped.
 func (f *follower) Read(p []byte) (int, error) {
-	p = p[:min(int64(len(p)), f.end-f.off)]
-	if len(p) == 0 {
-		return 0, io.EOF
-	}
-	available, err := f.await()
-	n := 0
+	size, err := f.await()
 	switch {
-	case available > 0:
-		n, err = f.file.ReadAt(p[:min(int64(len(p)), available)], f.file.start+f.off)
+	case f.off < size:
+		n, err := f.file.ReadAt(p[:min(int64(len(p)), size-f.off)], f.file.start+f.off)
+		f.off += int64(n)
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF // somebody has cut the file
 		}
-	case f.file.full && f.first:
-		n, err = f.readOn(p)
+		return n, err
+	case f.first && f.rest != nil:
+		io.CopyN(io.Discard, f.rest, f.off-size)
+		f.off = size
+		return f.rest.Read(p)
 	}
-	f.off += int64(n)
-	return n, err
+	return 0, err
 }
 
-// await waits for bytes, and returns how many there are, or why there are no
-// more.
+// await waits until there is more to read, or no more comes. It returns how much
+// there is in all, and why that is the end. A body that is whole has to be in
+// its place before a client has all of it.
 func (f *follower) await() (int64, error) {
 	f.cache.Lock()
 	defer f.cache.Unlock()
-	if f.size <= f.off && f.err == nil && f.to != nil {
+	if f.off >= f.size && f.to != nil {
 		f.cache.Unlock()
 		f.to.Flush()
 		f.cache.Lock()
 	}
-	for f.size <= f.off && f.err == nil {
+	for f.err == nil && (f.off >= f.size || f.size == f.entry.Length) {
 		f.grew.Wait()
 	}
-	return f.size - f.off, f.err
+	return f.size, f.err
 }
-
-// readOn reads what the file did not take: the piece that did not fit, and
-// then the rest from where it comes.
-func (f *follower) readOn(p []byte) (int, error) {
-	if f.rest == nil {
-		if source, waits := f.body.(waiter); waits {
-			source.flushBeforeWait(f.to)
-		}
-		f.rest = io.MultiReader(bytes.NewReader(f.file.refused), f.body)
-		io.CopyN(io.Discard, f.rest, f.off-f.size) // a range may begin further on
-	}
-	return f.rest.Read(p)
-}
-
-var errDropped = errors.New("nobody wants it any more")
 
 // Close ends the reading of one client. When the last one leaves, the download
 // goes on if at most maxUnread bytes are to come, and is dropped otherwise.
 func (f *follower) Close() error {
 	f.cache.Lock()
 	defer f.cache.Unlock()
-	f.readers--
-	f.firstReads = f.firstReads && !f.first
 	left := f.entry.Length - f.size // negative if nobody knows
-	if _, renewal := f.body.(fileContent); renewal {
+	if _, renewal := f.body.(fileBody); renewal {
 		left = 0 // it costs the origin nothing, and the next one would begin anew
 	}
-	over, unread := f.err != nil, f.readers == 0
-	switch {
-	case !over && unread && (left < 0 || left > maxUnread):
-		f.err = errDropped
+	if f.err == nil && f.users == 2 && (left < 0 || left > maxUnread) {
 		f.cache.forget(f.download) // nobody is to join it any more, and
 		f.body.Close()             // run is to end
-	case over && f.first && f.file.full:
-		f.body.Close() // which finish has left to readOn
 	}
-	if over && unread {
-		f.file.Close()
-	}
+	f.leave()
 	return nil
 }
 
 // Sizes and waits.
 const (
 	maxInMemory  = 1 << 20          // bytes of a body that memory may answer with
-	maxMemory    = 16 << 20         // bytes of all these; twice that if slow clients still read old ones
+	maxMemory    = 16 << 20         // bytes of all these; slow clients that still read old ones count
 	maxUnread    = 1 << 20          // bytes of a download that are fetched though nobody reads it
-	maxKeys      = 1 << 16          // what is remembered about URLs that are not stored
-	maxSeconds   = 1 << 31          // of an age or a lifetime (RFC 9111 §1.2.2)
+	maxNames     = 1 << 16          // URLs that are remembered because they are not stored
 	copyStep     = 8 << 20          // bytes that are copied from file to file at a time
+	maxSeconds   = 1 << 31          // of an age or a lifetime (RFC 9111 §1.2.2)
 	memoryTrust  = time.Second      // for which memory answers without a look at the file
 	joinWait     = 5 * time.Second  // for the head of a response that another has asked for
 	unsharedWait = 2 * time.Minute  // in which nobody waits for a URL that could not be stored
@@ -973,13 +889,11 @@ func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
 		{"status", has("must-understand") && !understood},
 		{"no-freshness", !explicit && !understood && !has("public")},
 		{"too-large", res.Length > config.limit || len(h) > maxFields-8},
+		{"no-freshness", lifetime(res, config.ttl) == 0 && !hasValidator(h)},
 	} {
 		if rule.forbids {
 			return false, rule.why
 		}
-	}
-	if lifetime(res, config.ttl) == 0 && !hasValidator(h) {
-		return false, "no-freshness"
 	}
 	return true, ""
 }
@@ -1042,6 +956,7 @@ func (e *Entry) assess(ttl time.Duration, now time.Time) {
 	e.mustRevalidate = slices.ContainsFunc(
 		[]string{"s-maxage", "must-revalidate", "proxy-revalidate", "no-cache"},
 		cacheControl(e.Header).Has)
+	e.Header = e.Without("Age", "Content-Length") // which are told anew each time
 }
 
 // satisfies reports whether the entry may answer a request as it is, or else
@@ -1086,13 +1001,10 @@ func (e *Entry) mayStandIn(h Header, res *Response, err error, now time.Time) bo
 // and codings in any case and order (RFC 9111 §4.1).
 func selectingFields(stored, req Header) (selecting Header) {
 	for _, name := range stored.Values("Vary") {
-		if selecting.Has(name) {
+		if selecting.Has(name) || !req.Has(name) {
 			continue // to join 60 KiB once for each time that it is named took minutes
 		}
 		elements := req.Values(name)
-		if len(elements) == 0 {
-			continue
-		}
 		value := strings.Join(elements, ",")
 		if equalFold(name, "Accept-Language") || equalFold(name, "Accept-Encoding") {
 			elements = strings.Split(strings.ToLower(strings.ReplaceAll(value, " ", "")), ",")
@@ -1120,10 +1032,10 @@ func hasValidator(h Header) bool { return h.Has("ETag") || h.Has("Last-Modified"
 func withValidators(h, stored Header) Header {
 	h = h.Without("If-None-Match", "If-Modified-Since")
 	for _, f := range stored {
-		if equalFold(f.Name, "ETag") {
+		switch {
+		case equalFold(f.Name, "ETag"):
 			h = append(h, Field{"If-None-Match", f.Value})
-		}
-		if equalFold(f.Name, "Last-Modified") {
+		case equalFold(f.Name, "Last-Modified"):
 			h = append(h, Field{"If-Modified-Since", f.Value})
 		}
 	}
@@ -1151,10 +1063,10 @@ func sameRepresentation(stored, validation Header) bool {
 	return changed == "" || changed == stored.Get("Last-Modified")
 }
 
-// tailor makes a whole response, whose body is elsewhere, the answer to a
-// request: 304 if the client has it already (RFC 9110 §13.2.2), one range of
-// it (§14), or all.
-func tailor(res *Response, req *Request, body content) {
+// tailor makes a whole response, whose body can seek, the answer to a request:
+// 304 if the client has it already (RFC 9110 §13.2.2), one range of it (§14), or
+// all. Who sends that takes no more than Length bytes from the body.
+func tailor(res *Response, req *Request) {
 	status, off, n := res.Status, int64(0), res.Length
 	if res.Status == 200 && notModified(req.Header, res.Header) {
 		status, n = 304, 0
@@ -1162,16 +1074,19 @@ func tailor(res *Response, req *Request, body content) {
 		status, off, n = byteRange(req.Header, res.Header, n)
 	}
 	switch status {
+	case res.Status:
+		return
 	case 206:
 		extent := fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, res.Length)
 		res.Header = append(res.Header, Field{"Content-Range", extent})
+		res.Body.(io.Seeker).Seek(off, io.SeekStart)
 	case 416:
 		res.Header = append(res.Header, Field{"Content-Range", fmt.Sprintf("bytes */%d", res.Length)})
 	}
-	if status != res.Status {
-		res.Status, res.Reason, res.Length = status, statusText[status], n
+	res.Status, res.Reason, res.Length = status, statusText[status], n
+	if memory, ok := res.Body.(memoryBody); ok { // which would write itself to its end
+		res.Body = io.NopCloser(io.LimitReader(memory, n))
 	}
-	res.Body = body.section(off, n)
 }
 
 // notModified reports whether a condition of the request says that the client
@@ -1250,7 +1165,7 @@ func dateField(name string, t time.Time) Field { return Field{name, t.UTC().Form
 
 // newEntry makes an entry of a response.
 func (t *transaction) newEntry(res *Response) *Entry {
-	e := &Entry{Response: *res, url: t.key.url, hit: fileHit}
+	e := &Entry{Response: *res, hit: fileHit}
 	e.Header = res.endToEnd()
 	e.request = append(Header{dateField("Date", t.asked)}, selectingFields(e.Header, t.sent)...)
 	if isInner(res.Origin) {
@@ -1269,37 +1184,34 @@ func (t *transaction) newEntry(res *Response) *Entry {
 // temporary begins the name of a file that is not whole.
 const temporary = "+download-"
 
-// What stands for itself in the name of a file, and what the rest is escaped with.
-const (
-	plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
-	hexDigits       = "0123456789abcdef"
-)
+// What stands for itself in the name of a file. The rest is escaped.
+const plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
 
-// fileName returns the name of the file for a key. "/" becomes "_", as in the
-// lab; upper case, "_" and most else is escaped. So no two keys share a file
-// on any system, and no name is hidden, ends in a dot, or is that of a device
-// on Windows. What is too long is cut, and ends in a hash.
-func fileName(k key) string {
-	stem, _, _ := strings.Cut(k.url, ".")
+// fileName returns the name of the file for a URL without its scheme. "/" becomes
+// "_", as in the lab; upper case, "_" and most else is escaped. So no two URLs
+// share a file on any system, and no name is hidden, ends in a dot, or is that of
+// a device on Windows. What is too long is cut, and ends in a hash.
+func fileName(url string) string {
+	stem, _, _ := strings.Cut(url, ".")
 	stem = strings.TrimRight(stem, "0123456789")
 	device := containsFold([]string{"con", "prn", "aux", "nul", "com", "lpt"}, stem)
-	name := make([]byte, 0, len(k.url)+20)
-	for i, b := range []byte(k.url) {
-		atEnd := i == 0 || i == len(k.url)-1
+	name := make([]byte, 0, 200)
+	for i, b := range []byte(url[:min(len(url), 161)]) { // more would be cut anyway
+		atEnd := i == 0 || i == len(url)-1
 		switch {
 		case b == '/':
 			name = append(name, '_')
 		case strings.IndexByte(plainCharacters, b) < 0, device && i == 0, b == '.' && atEnd:
-			name = append(name, '%', hexDigits[b>>4], hexDigits[b&15])
+			name = fmt.Appendf(name, "%%%02x", b)
 		default:
 			name = append(name, b)
 		}
 	}
 	if len(name) > 160 {
-		hash := sha256.Sum256([]byte(k.url))
+		hash := sha256.Sum256([]byte(url))
 		name = fmt.Appendf(name[:120], "+%x", hash[:16])
 	}
-	return string(name) + k.variant
+	return string(name)
 }
 
 // The end of the head of a file, with room for a length that is not known yet.
@@ -1323,8 +1235,8 @@ const (
 //	...the body...
 //
 // transcript returns what stands in front of the body in a file.
-func (e *Entry) transcript() []byte {
-	b := []byte("GET http://" + e.url + " HTTP/1.1\r\n")
+func (e *Entry) transcript(url URL) []byte {
+	b := []byte("GET " + url.String() + " HTTP/1.1\r\n")
 	b = append(e.request.appendTo(b), "\r\nHTTP/1.1 "+strconv.Itoa(e.Status)+" "+e.Reason+"\r\n"...)
 	return fmt.Appendf(e.Header.appendTo(b), "Content-Length: "+lengthFormat, e.Length)
 }
@@ -1340,21 +1252,18 @@ type cacheFile struct {
 	*os.File
 	root    *os.Root
 	name    string
-	head    []byte // what stands in front of the body, until that is written
 	start   int64  // where the body begins
-	written int64  // bytes
-	limit   int64  // bytes that it may take
-	full    bool   // it took no more
+	room    int64  // bytes that it may still take
 	refused []byte // the piece of the body that it did not take
 }
 
 var errTooLarge = errors.New("more than the cache may hold")
 
-// create makes a new file for an entry, of which nothing is written yet. If
-// somebody has removed the directory, it makes that anew.
-func (c *Cache) create(e *Entry) (f *cacheFile, err error) {
-	f = &cacheFile{name: temporary + rand.Text(), head: e.transcript(), limit: c.limit}
-	f.start = int64(len(f.head))
+// create makes a new file for an entry, and writes all that stands in front of
+// the body. If somebody has removed the directory, it makes that anew.
+func (c *Cache) create(url URL, e *Entry) (f *cacheFile, err error) {
+	head := e.transcript(url)
+	f = &cacheFile{name: temporary + rand.Text(), start: int64(len(head)), room: c.limit}
 	for range 2 {
 		f.root = c.root.Load()
 		f.File, err = f.root.OpenFile(f.name, openFlags|os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -1362,31 +1271,31 @@ func (c *Cache) create(e *Entry) (f *cacheFile, err error) {
 			break
 		}
 	}
+	if err != nil {
+		return nil, err
+	}
+	if _, err = f.Write(head); err != nil {
+		f.Close()
+		f.root.Remove(f.name)
+	}
 	return f, err
 }
 
-// Write writes a piece of the body, and the head in front of the first one.
-func (f *cacheFile) Write(p []byte) (int, error) {
-	text := p
-	if f.head != nil {
-		text = append(f.head, p...)
+// Write writes a piece of the body, as far as there is room.
+func (f *cacheFile) Write(p []byte) (n int, err error) {
+	err = errTooLarge
+	if int64(len(p)) <= f.room {
+		n, err = f.File.Write(p)
 	}
-	n, err := 0, errTooLarge
-	if f.written+int64(len(text)) <= f.limit {
-		n, err = f.File.Write(text)
-	}
-	f.written += int64(n)
-	n = max(0, n-len(f.head))
-	f.head = nil
+	f.room -= int64(n)
 	if err != nil {
-		f.full = true
 		f.refused = bytes.Clone(p[n:])
 	}
 	return n, err
 }
 
-// readEntry reads a file, but not the body. It returns nil if the file is none
-// of ours, or not whole.
+// readEntry reads a file, but not the body. It returns nil if the file is not
+// whole, or none of ours, or that of another URL.
 func readEntry(root *os.Root, name string) *Entry {
 	file, err := root.OpenFile(name, openFlags|os.O_RDONLY, 0)
 	if err != nil {
@@ -1395,19 +1304,20 @@ func readEntry(root *os.Root, name string) *Entry {
 	info, noInfo := file.Stat()
 	req, res, start, err := readTranscript(bufio.NewReader(file))
 	length, noLength := strconv.ParseInt(res.Get("Content-Length"), 10, 64)
-	if cmp.Or(noInfo, err, noLength) != nil || !info.Mode().IsRegular() || start+length != info.Size() {
+	own, _, _ := strings.Cut(name, "~") // but for the variant
+	if cmp.Or(noInfo, err, noLength) != nil || !info.Mode().IsRegular() ||
+		start+length != info.Size() || own != fileName(strings.TrimPrefix(req.Target, "http://")) {
 		file.Close()
 		return nil
 	}
 	res.Length = length
+	res.Body = newFileBody(file, start, length)
 	return &Entry{
 		Response: *res,
-		url:      strings.TrimPrefix(req.Target, "http://"),
 		request:  req.Header,
 		weight:   info.Size(),
 		used:     info.ModTime(),
 		hit:      fileHit,
-		content:  newFileContent(file, start, length),
 	}
 }
 
@@ -1415,14 +1325,14 @@ func readEntry(root *os.Root, name string) *Entry {
 func newCache(config CacheConfig) (*Cache, error) {
 	c := &Cache{
 		CacheConfig: config,
-		downloads:   map[key]*download{},
-		unshared:    tally{window: unsharedWait},
-		misses:      tally{window: usesWindow},
+		downloads:   map[string]*download{},
+		unshared:    map[string]time.Time{},
+		misses:      map[string]int{},
 	}
 	if err := c.openRoot(); err != nil {
 		return nil, err
 	}
-	file, err := c.create(&Entry{})
+	file, err := c.create(URL{}, &Entry{})
 	if err != nil {
 		return nil, err
 	}
@@ -1430,8 +1340,9 @@ func newCache(config CacheConfig) (*Cache, error) {
 	return c, file.Close()
 }
 
-// openRoot opens the directory. It stays open, so that a file costs fewer
-// system calls.
+// openRoot opens the directory. It stays open, which spares system calls for each
+// file. On Windows a file that is opened by its path alone could not be renamed
+// before it is closed.
 func (c *Cache) openRoot() error {
 	if err := os.MkdirAll(c.dir, 0o700); err != nil {
 		return err
@@ -1444,43 +1355,29 @@ func (c *Cache) openRoot() error {
 }
 
 // usage returns how many files and bytes the directory holds.
-func (c *Cache) usage() (files, bytes int64) {
-	c.Lock()
-	defer c.Unlock()
-	return c.files, c.size
-}
+func (c *Cache) usage() (files, bytes int64) { return c.files.Load(), c.size.Load() }
 
-// trim counts the files. If they are more than the limit, it removes those that
-// were used least recently; if the disk is full, a quarter of them. It also
-// removes what a crash has left unfinished. Files that are not the cache's own
-// are neither counted nor removed.
+// trim counts the files. If they have more bytes than the limit, it removes those
+// that were used least recently; if the disk is full, a quarter of them. It also
+// removes what a crash has left unfinished. Only what is an entry is removed.
 func (c *Cache) trim(full bool) {
-	c.Lock()
-	c.files, c.size = 0, 0 // what is stored meanwhile may count twice, but not be missed
-	c.Unlock()
+	c.files.Store(0) // what is stored meanwhile may count twice, but not be missed
+	c.size.Store(0)
 	root := c.root.Load()
-	names, _ := fs.ReadDir(root.FS(), ".")
+	entries, _ := fs.ReadDir(root.FS(), ".")
 	var files []fs.FileInfo
 	size := int64(0)
-	for _, name := range names {
-		info, err := name.Info()
-		switch stray := strings.HasPrefix(name.Name(), temporary); {
+	for _, entry := range entries {
+		name := entry.Name()
+		info, err := entry.Info()
+		switch stray := strings.HasPrefix(name, temporary); {
 		case err != nil:
 		case stray && c.now().Sub(info.ModTime()) > strayWait:
-			root.Remove(name.Name())
-		case !stray && strings.ContainsAny(name.Name()[1:], "_+"): // as the names of ours do
+			root.Remove(name)
+		case !stray && strings.ContainsAny(name[1:], "_+"): // as the names of ours do
 			files = append(files, info)
 			size += info.Size()
 		}
-	}
-	if full || size > c.limit { // then it is worth opening each to see whose it is
-		files = slices.DeleteFunc(files, func(info fs.FileInfo) bool {
-			foreign := !isOurs(root, info.Name())
-			if foreign {
-				size -= info.Size()
-			}
-			return foreign
-		})
 	}
 	enough := c.limit
 	if full {
@@ -1490,23 +1387,15 @@ func (c *Cache) trim(full bool) {
 	}
 	slices.SortFunc(files, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
 	for len(files) > 0 && size > enough {
-		root.Remove(files[0].Name())
-		size -= files[0].Size()
+		name := files[0].Name()
+		e := readEntry(root, name)
+		if e != nil {
+			e.Body.Close()
+			root.Remove(name)
+		}
+		size -= files[0].Size() // what is not ours does not count
 		files = files[1:]
 	}
-	c.Lock()
-	defer c.Unlock()
-	c.files += int64(len(files))
-	c.size += size
-}
-
-// isOurs reports whether a file is an entry under its own name.
-func isOurs(root *os.Root, name string) bool {
-	e := readEntry(root, name)
-	if e == nil {
-		return false
-	}
-	e.content.Close()
-	own, _, _ := strings.Cut(name, "~")
-	return own == fileName(key{url: e.url})
+	c.files.Add(int64(len(files)))
+	c.size.Add(size)
 }

@@ -548,7 +548,8 @@ func (x *exchange) localFile(escaped string) *Response {
 	res := x.page(200, cmp.Or(mime.TypeByExtension(path.Ext(name)), "application/octet-stream"), "")
 	res.Header = append(res.Header, dateField("Last-Modified", info.ModTime()))
 	res.Length = info.Size()
-	tailor(res, x.req, newFileContent(file, 0, info.Size()))
+	res.Body = newFileBody(file, 0, info.Size())
+	tailor(res, x.req)
 	return res
 }
 

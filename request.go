@@ -360,18 +360,24 @@ func writeBody(c *conn, from io.Reader, length int64, chunks bool) (err error) {
 	if chunks {
 		to = chunkWriter{c}
 	}
-	// CopyN hides that a body in memory can write itself. For any other body it
-	// takes a buffer no larger than the body, where Copy takes one of 32 KiB.
-	if _, writesItself := from.(io.WriterTo); writesItself || length < 0 {
-		_, err = io.Copy(to, from)
-	} else {
-		_, err = io.CopyN(to, from, length)
-	}
+	err = copyBody(to, from, length)
 	if err == nil && chunks {
 		_, err = c.Write([]byte("0\r\n\r\n"))
 	}
 	unsent := c.Flush() // if the body broke off, what there is of it goes out
 	return cmp.Or(err, unsent)
+}
+
+// copyBody copies a body of length bytes, or of unknown length (-1). CopyN takes
+// a buffer no larger than the body, where Copy takes one of 32 KiB, but it hides
+// that a body in memory can write itself.
+func copyBody(to io.Writer, from io.Reader, length int64) (err error) {
+	if _, writesItself := from.(io.WriterTo); writesItself || length < 0 {
+		_, err = io.Copy(to, from)
+	} else {
+		_, err = io.CopyN(to, from, length)
+	}
+	return err
 }
 
 // A chunkWriter writes each piece that it is given as one chunk.
