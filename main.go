@@ -24,12 +24,11 @@
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"crypto/rand"
 	"crypto/subtle"
 	"encoding/base64"
-	"encoding/hex"
+
 	"errors"
 	"flag"
 	"fmt"
@@ -117,7 +116,6 @@ func run(config config) error {
 // of origins no flags.
 type proxy struct {
 	config
-	port    int // that it listens on
 	cache   *Cache
 	origins *originPool
 	journal journal
@@ -130,19 +128,16 @@ type proxy struct {
 // no responses that it could serve to them, and no idle connections. Asking anew
 // is left to mayDial, which lets only clients on this machine do so.
 func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) {
-	listen := address.(*net.TCPAddr).AddrPort()
-	local := listen.Addr().Unmap().IsLoopback()
+	local := address.(*net.TCPAddr).IP.IsLoopback()
 	config.caching.shareInner = local
-	config.caching.guard = guard
 	config.caching.warn = func(err error) { log.Print(err) }
 	cache, err := newCache(config.caching)
 	pseudonym := "proxy-" + strings.ToLower(rand.Text()[:6])
 	return &proxy{
 		config:  config,
-		port:    int(listen.Port()),
 		cache:   cache,
 		origins: newOriginPool(pseudonym, local, guard),
-		journal: journal{begun: time.Now(), to: logTo, out: bufio.NewWriterSize(logTo, 64<<10)},
+		journal: journal{begun: time.Now(), to: logTo},
 	}, err
 }
 
@@ -188,7 +183,8 @@ func (p *proxy) serveClient(c *conn) {
 		if err != nil && !isStatusError(err) {
 			return // e.g., the client has closed it
 		}
-		x := &exchange{proxy: p, client: c, req: req, start: p.cache.now(), before: c.bytesSent()}
+		x := &exchange{proxy: p, client: c, req: req, res: new(Response),
+			start: p.cache.now(), before: c.bytesSent()}
 		keep = x.serve(err)
 	}
 	c.drain()
@@ -229,7 +225,7 @@ func (x *exchange) serve(malformed error) (keep bool) {
 	defer x.res.Body.Close()
 	keep = malformed == nil && keepsAlive(x.req.Proto, x.req.Header) &&
 		x.req.Body.consumed() && !x.closing.Load()
-	keep, err = writeResponse(x.client, x.req, x.res, keep)
+	keep, err = x.send(x.res, keep)
 	x.aborted = err != nil
 	return keep && err == nil
 }
@@ -299,9 +295,22 @@ func (x *exchange) askOrigin(req *Request) (*Response, error) {
 // Hints (103). Clients of HTTP/1.0 know no such thing.
 func (x *exchange) passInterim(res *Response) {
 	if x.req.Proto != "HTTP/1.0" {
-		res.Header = append(x.withoutCookies(res.Header), x.origins.via(res.Proto))
-		writeResponse(x.client, x.req, res, true)
+		res.Header = append(res.Header, x.origins.via(res.Proto))
+		x.send(res, true)
 	}
+}
+
+// send sends the client a response, and reports whether another request may
+// follow. An answer to /host/path has to a browser the same origin as our own
+// pages and all that runs on this machine. So it is put into a sandbox, where
+// its scripts can't read those, and sets no cookies.
+func (x *exchange) send(res *Response, keep bool) (bool, error) {
+	if x.req.Direct && x.req.URL.Authority != "" {
+		const sandbox = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
+		res.Header = append(res.Without("Set-Cookie", "Set-Cookie2", "Clear-Site-Data"),
+			Field{"Content-Security-Policy", sandbox})
+	}
+	return writeResponse(x.client, x.req, res, keep)
 }
 
 // tunnel joins the client with the host that it names, until both have ended.
@@ -315,7 +324,7 @@ func (x *exchange) tunnel() (*Response, error) {
 	defer origin.Close()
 	to := origin.RemoteAddr().(*net.TCPAddr)
 	self := to.IP.IsLoopback() || to.IP.Equal(origin.LocalAddr().(*net.TCPAddr).IP)
-	if self && to.Port == x.port {
+	if self && to.Port == x.client.LocalAddr().(*net.TCPAddr).Port {
 		return nil, errorf(508, "a tunnel to this proxy itself: %s", x.req.URL.Authority)
 	}
 	x.status.Outcome = tunnelled
@@ -342,11 +351,21 @@ func (x *exchange) page(status int, kind, text string) *Response {
 		Length: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
 }
 
-// errorPage tells a client why it gets nothing else.
+// errorPage tells a client why it gets nothing else. An error that has no status
+// is about the origin: 504 if that took too long, and else 502. A direct request
+// may have meant a file instead, so a name that does not exist is not found.
 func (x *exchange) errorPage(err error) *Response {
-	var told *statusError
-	if !errors.As(err, &told) {
-		told = x.originError(err)
+	told := &statusError{502, fmt.Sprintf("%s: %v", x.req.URL.Authority, err)}
+	var lookup *net.DNSError
+	noHost := errors.As(err, &lookup) && lookup.IsNotFound
+	switch {
+	case errors.As(err, &told): // it has a status
+	case noHost && x.req.Direct:
+		told = &statusError{404, "there is neither a file nor a host for " + x.req.Target}
+	case noHost:
+		told.text = x.req.URL.Authority + ": no such host"
+	case os.IsTimeout(err):
+		told.code = 504
 	}
 	res := x.page(told.code, "text/plain; charset=utf-8", told.text+"\n")
 	challenge, asks := map[int]string{401: "WWW-Authenticate", 407: "Proxy-Authenticate"}[told.code]
@@ -359,63 +378,40 @@ func (x *exchange) errorPage(err error) *Response {
 	return res
 }
 
-// originError says what is wrong with an origin: 504 if it took too long, and
-// else 502. A direct request may have meant a file instead, so a name that does
-// not exist is not found.
-func (x *exchange) originError(err error) *statusError {
-	host := x.req.URL.Authority
-	var lookup *net.DNSError
-	switch {
-	case errors.As(err, &lookup) && lookup.IsNotFound && x.req.Direct:
-		return &statusError{404, "there is neither a file nor a host for " + x.req.Target}
-	case errors.As(err, &lookup) && lookup.IsNotFound:
-		return &statusError{502, host + ": no such host"}
-	case os.IsTimeout(err):
-		return &statusError{504, fmt.Sprintf("%s: %v", host, err)}
-	}
-	return &statusError{502, fmt.Sprintf("%s: %v", host, err)}
-}
-
-// admit decides whether this client may make this request.
+// admit decides whether this client may make this request. A browser fetches
+// /proxy.pac before it asks for a password.
 func (x *exchange) admit() error {
 	ip := x.client.from()
-	allowed := x.allow.hasAddress(ip)
-	if !x.allow.given {
-		allowed = ip.IsPrivate() || ip.IsLinkLocalUnicast() // RFC 1918, RFC 4193
+	allowed := ip.IsPrivate() || ip.IsLinkLocalUnicast() // RFC 1918, RFC 4193
+	if x.allow.given {
+		allowed = x.allow.hasAddress(ip)
 	}
-	if x.deny.hasAddress(ip) || !ip.IsLoopback() && !allowed {
+	field, refusal := "Proxy-Authorization", 407
+	if x.req.Direct {
+		field, refusal = "Authorization", 401
+	}
+	expect := cmp.Or(x.req.Get("Expect"), "100-continue")
+	switch {
+	case x.deny.hasAddress(ip), !allowed && !ip.IsLoopback():
 		return errorf(403, "clients at %s may not use this proxy", ip)
-	}
-	if !x.knowsPassword() {
-		status := 407
-		if x.req.Direct {
-			status = 401
-		}
-		return errorf(status, "this proxy needs a user name and a password")
-	}
-	if x.origins.hasSent(x.req) {
+	case x.req.Target != "/proxy.pac" && !x.knows(x.req.Get(field)):
+		return errorf(refusal, "this proxy needs a user name and a password")
+	case x.origins.hasSent(x.req):
 		return errorf(508, "this request has been here before")
-	}
-	if expect := x.req.Get("Expect"); expect != "" && !equalFold(expect, "100-continue") {
+	case !equalFold(expect, "100-continue"):
 		return errorf(417, "nothing is known of the expectation %+.200q", expect)
-	}
-	if x.req.Method == "TRACE" {
+	case x.req.Method == "TRACE":
 		return errorf(405, "TRACE is not supported")
 	}
 	return x.mayName(x.req.URL)
 }
 
-// knowsPassword reports whether the request has the credentials of -auth, if
-// that is given. A browser fetches /proxy.pac before it asks for any.
-func (x *exchange) knowsPassword() bool {
-	field := "Proxy-Authorization"
-	if x.req.Direct {
-		field = "Authorization"
-	}
-	scheme, given, _ := strings.Cut(x.req.Get(field), " ")
+// knows reports whether credentials are those of -auth, if that is given.
+func (c *config) knows(credentials string) bool {
+	scheme, given, _ := strings.Cut(credentials, " ")
 	given = strings.TrimLeft(given, " ")
-	right := subtle.ConstantTimeCompare([]byte(given), []byte(x.auth)) == 1
-	return x.auth == "" || x.req.Target == "/proxy.pac" || right && equalFold(scheme, "Basic")
+	right := subtle.ConstantTimeCompare([]byte(given), []byte(c.auth)) == 1
+	return c.auth == "" || right && equalFold(scheme, "Basic")
 }
 
 // mayName refuses a blocked host before anything is looked up. A direct
@@ -435,12 +431,11 @@ func (x *exchange) mayName(u URL) error {
 // is on this machine. It is asked again for every address that is dialed,
 // whatever name leads there.
 func (x *exchange) mayDial(ip netip.Addr) error {
-	blocked := x.block.hasAddress(ip)
+	addresses := []netip.Addr{ip}
 	if ip.IsUnspecified() { // which leads to this machine
-		blocked = blocked || x.block.hasAddress(netip.IPv6Loopback()) ||
-			x.block.hasAddress(netip.AddrFrom4([4]byte{127, 0, 0, 1}))
+		addresses = append(addresses, netip.IPv6Loopback(), netip.AddrFrom4([4]byte{127, 0, 0, 1}))
 	}
-	if blocked {
+	if slices.ContainsFunc(addresses, x.block.hasAddress) {
 		return errorf(403, "%s is blocked", ip)
 	}
 	if isInner(ip) && !x.client.from().IsLoopback() {
@@ -489,10 +484,8 @@ const pac = `function FindProxyForURL(url, host) {
 }
 `
 
-// fetchByPath answers /www.example.com/a/b with that page, as in the lab. To a
-// browser it has the same origin as our own pages and all that runs on this
-// machine. So it is put into a sandbox, where its scripts can't read those,
-// and no cookies or passwords go either way.
+// fetchByPath answers /www.example.com/a/b with that page, as in the lab. The
+// cookies and passwords that a browser has for us are not for that host.
 func (x *exchange) fetchByPath() (*Response, error) {
 	req := *x.req
 	var err error
@@ -505,36 +498,16 @@ func (x *exchange) fetchByPath() (*Response, error) {
 	}
 	req.Header = req.Without("Authorization", "Cookie")
 	x.req = &req
-	res, err := x.fetch(&req)
-	if err == nil {
-		const sandbox = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
-		res.Header = append(x.withoutCookies(res.Header), Field{"Content-Security-Policy", sandbox})
-	}
-	return res, err
+	return x.fetch(&req)
 }
-
-// withoutCookies returns a header without what would change the cookies of our
-// own pages, if it is that of an answer to /host/path.
-func (x *exchange) withoutCookies(h Header) Header {
-	if !x.req.Direct {
-		return h
-	}
-	return h.Without("Set-Cookie", "Set-Cookie2", "Clear-Site-Data")
-}
-
-// Escapes in the path of a file, such as %20.
-var escapes = regexp.MustCompile("%[0-9A-Fa-f]{2}")
 
 // localFile answers with a file from -files, to this machine only: a regular
 // one that everybody on it may read, and nothing hidden. It returns nil if
-// there is none.
+// there is none. An escape such as %20 is read as Go reads \x20 in a string.
 func (x *exchange) localFile(escaped string) *Response {
-	name := escapes.ReplaceAllStringFunc(escaped, func(s string) string {
-		b, _ := hex.DecodeString(s[1:])
-		return string(b)
-	})
-	hidden := strings.Contains("/"+name, "/.") || strings.Contains(name, `\`)
-	if x.files == nil || hidden || !x.client.from().IsLoopback() {
+	name, err := strconv.Unquote(`"` + strings.ReplaceAll(escaped, "%", `\x`) + `"`)
+	hidden := strings.Contains("/"+name, "/.") || strings.Contains(escaped+name, `\`)
+	if err != nil || x.files == nil || hidden || !x.client.from().IsLoopback() {
 		return nil
 	}
 	info, err := x.files.Stat(name)
@@ -569,21 +542,19 @@ type config struct {
 // address. For -h and -version it prints what they ask for, and ends the
 // program.
 func parseFlags(args []string) (config, error) {
-	c := config{caching: CacheConfig{limit: 1 << 30, now: time.Now}}
+	c := config{caching: CacheConfig{limit: 1 << 30, now: time.Now, guard: guard}}
+	c.block.names = map[string]bool{} // only what is asked for has names
 	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.caching.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"),
 		"`directory` of the cache")
 	flags.Func("size", "most `bytes` that the cache holds, such as 500M or 10G (default 1G)", c.setSize)
 	flags.IntVar(&c.caching.uses, "uses", 1, "store a response from the `n`th request in 10 minutes on")
-	flags.Func("ttl", "`duration`, such as 10m, of freshness, at least, of what does not say so itself",
-		c.setTTL)
+	flags.Func("ttl", "least `duration` of freshness, such as 10m, of what tells none itself", c.setTTL)
 	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
-	flags.Func("allow", "`list` of clients that may ask, beside this machine: addresses, CIDRs, @file",
-		c.allow.read)
+	flags.Func("allow", "`list` of other machines that may ask: addresses, CIDRs, @file", c.allow.read)
 	flags.Func("deny", "`list` of clients that may not ask: addresses, CIDRs, or @file", c.deny.read)
-	flags.Func("block", "`list` of destinations refused: hosts and all below, addresses, CIDRs, @file",
-		c.block.read)
+	flags.Func("block", "`list` of hosts and all below, addresses, CIDRs refused, or @file", c.block.read)
 	flags.Func("auth", "`user:password` that clients must give, or @file", c.setAuth)
 	version := flags.Bool("version", false, "print the version")
 
@@ -626,8 +597,6 @@ func (c *config) complete(files string) error {
 		return errors.New("-cache must name a directory")
 	case c.caching.uses < 1:
 		return errors.New("-uses must be at least 1")
-	case len(c.allow.names)+len(c.deny.names) > 0:
-		return errors.New("-allow and -deny take addresses and CIDRs, not names")
 	case files == "":
 		return nil
 	}
@@ -662,59 +631,52 @@ func (c *config) setTTL(s string) (err error) {
 // setAuth reads -auth. An empty password would be easy to take for none at all,
 // and two lines in a file for two users, so neither is accepted.
 func (c *config) setAuth(s string) error {
-	lines, err := linesOf(s)
+	text, err := textOf(s)
 	if err != nil {
 		return err
 	}
-	user, password, _ := strings.Cut(strings.Join(lines, ""), ":")
-	if len(lines) != 1 || user == "" || password == "" {
+	user, password, _ := strings.Cut(text, ":")
+	if user == "" || password == "" || strings.Contains(text, "\n") {
 		return errors.New("it must be one user:password")
 	}
-	c.auth = base64.StdEncoding.EncodeToString([]byte(lines[0]))
+	c.auth = base64.StdEncoding.EncodeToString([]byte(text))
 	return nil
 }
 
-// linesOf returns the text of a flag or, if that is @file, the lines of the
-// file but for empty ones and comments.
-func linesOf(s string) ([]string, error) {
+// textOf returns the text of a flag or, if that is @file, that of the file
+// without its comments.
+func textOf(s string) (string, error) {
 	file, isFile := strings.CutPrefix(s, "@")
 	if !isFile {
-		return []string{s}, nil
+		return s, nil
 	}
 	text, err := os.ReadFile(file)
-	var lines []string
-	for line := range strings.Lines(string(text)) {
-		line = strings.TrimSpace(line)
-		if line != "" && line[0] != '#' {
-			lines = append(lines, line)
-		}
-	}
-	return lines, err
+	return strings.TrimSpace(comments.ReplaceAllString(string(text), "")), err
 }
+
+// Comments are lines whose first character, but for white space, is a "#".
+var comments = regexp.MustCompile(`(?m)^\s*#.*$`)
 
 // A hostList has addresses and networks, and names with all that is below
 // them.
 type hostList struct {
 	given    bool // on the command line, though perhaps empty
 	networks []netip.Prefix
-	names    map[string]bool
+	names    map[string]bool // nil where there may be none
 }
 
 // read adds what one use of a flag says: entries with commas or white space
 // between them, or @file. A flag can be used several times.
 func (l *hostList) read(s string) error {
 	l.given = true
-	lines, err := linesOf(s)
-	if err != nil {
-		return err
-	}
+	text, err := textOf(s)
 	separates := func(c rune) bool { return c <= ' ' || c == ',' }
-	for _, entry := range strings.FieldsFunc(strings.Join(lines, ","), separates) {
-		if err := l.add(entry); err != nil {
-			return err
+	for _, entry := range strings.FieldsFunc(text, separates) {
+		if err == nil {
+			err = l.add(entry)
 		}
 	}
-	return nil
+	return err
 }
 
 // add adds an entry. Requests are compared with it in their one spelling, so
@@ -730,13 +692,10 @@ func (l *hostList) add(entry string) error {
 		l.networks = append(l.networks, network)
 		return nil
 	}
-	authority, err := parseAuthority(strings.Trim(entry, "."))
+	authority, err := parseAuthority(strings.Trim(entry, "."), "80")
 	name, isName := strings.CutSuffix(authority, ":80")
-	if err != nil || !isName || strings.Contains(entry, ":") {
-		return fmt.Errorf("%q is neither a host nor an address nor a CIDR", entry)
-	}
-	if l.names == nil {
-		l.names = map[string]bool{}
+	if err != nil || !isName || strings.Contains(entry, ":") || l.names == nil {
+		return fmt.Errorf("%q is not an address, a CIDR or, for -block, a host", entry)
 	}
 	l.names[name] = true
 	return nil
@@ -763,8 +722,8 @@ type journal struct {
 	begun time.Time
 	to    io.Writer
 
-	sync.Mutex // guards the rest
-	out        *bufio.Writer
+	sync.Mutex          // guards the rest
+	out        []byte   // lines that are not written yet
 	latest     []string // the last maxRecords lines, without queries and not of any length
 	requests   int
 	hits       int
@@ -780,14 +739,10 @@ func (x *exchange) log() {
 	now := x.cache.now()
 	sent := x.client.bytesSent() - x.before
 	outcome := string(x.status.Outcome)
-	status, kind := 0, ""
+	kind, _, _ := strings.Cut(x.res.Get("Content-Type"), ";")
 	asked := "HIER_NONE/-"
 	if x.aborted {
 		outcome += "_ABORTED"
-	}
-	if x.res != nil {
-		status = x.res.Status
-		kind, _, _ = strings.Cut(x.res.Get("Content-Type"), ";")
 	}
 	if x.origin.IsValid() {
 		asked = "HIER_DIRECT/" + x.origin.String()
@@ -797,10 +752,11 @@ func (x *exchange) log() {
 	took := strconv.FormatInt(now.Sub(x.start).Milliseconds(), 10)
 	front := stamp[:len(stamp)-3] + "." + stamp[len(stamp)-3:] + " " +
 		"      "[min(len(took), 6):] + took + " " + x.client.from().String() + " " +
-		outcome + "/" + strconv.Itoa(1000 + status)[1:] + " " + strconv.FormatInt(sent, 10) + " " +
+		outcome + "/" + strconv.Itoa(1000 + x.res.Status)[1:] + " " + strconv.FormatInt(sent, 10) + " " +
 		printable(x.req.Method) + " "
 	back := " - " + asked + " " + printable(kind) + "\n"
-	x.record(front, printable(x.subject()), back, sent)
+	url := cmp.Or(x.req.URL.String(), "error:invalid-request")
+	x.record(front, printable(url), back, sent)
 }
 
 // record writes a line of the log, and counts it for the status page, which
@@ -809,7 +765,7 @@ func (x *exchange) record(front, url, back string, sent int64) {
 	j := &x.journal
 	j.Lock()
 	defer j.Unlock()
-	j.out.WriteString(front + url + back)
+	j.out = append(j.out, front+url+back...)
 	if x.req.Direct && url == "/" {
 		return // The page does not count itself.
 	}
@@ -821,26 +777,11 @@ func (x *exchange) record(front, url, back string, sent int64) {
 		j.saved += sent
 	case x.status.Outcome == tunnelled:
 		j.tunnels++
-	case x.res != nil && x.res.Status >= 400:
+	case x.res.Status >= 400:
 		j.errors++
 	}
 	url, _, _ = strings.Cut(url, "?")
 	j.latest = append(j.latest[max(0, len(j.latest)-maxRecords+1):], front+url[:min(len(url), maxShown)])
-}
-
-// subject returns what a request is about, for the log: a URL, host:port of a
-// tunnel, or the path of a page of our own.
-func (x *exchange) subject() string {
-	u := x.req.URL
-	switch {
-	case x.req.Method == "CONNECT" && u.Authority != "":
-		return u.Authority
-	case u.Authority != "":
-		return u.String()
-	case x.req.Direct:
-		return u.Path
-	}
-	return "error:invalid-request"
 }
 
 // printable turns what a client or an origin sent into one field of the log. It
@@ -861,13 +802,15 @@ func printable(s string) string {
 	return string(b)
 }
 
-// flush writes the log out. After an error, such as a full disk, it begins afresh
-// with the next lines.
+// flush writes the log out. Lines that can't be written, as on a full disk, are
+// lost.
 func (j *journal) flush() {
 	j.Lock()
 	defer j.Unlock()
-	j.out.Flush()
-	j.out.Reset(j.to)
+	if len(j.out) > 0 {
+		j.to.Write(j.out)
+	}
+	j.out = j.out[:0]
 }
 
 // summary tells what has been counted. The caller holds the lock.

@@ -83,63 +83,73 @@ var errSilent = errors.New("closed the connection without an answer")
 // §11.2). With a statusError the request holds what was understood so far, and
 // the client is to be told. After any other error there is no request to answer.
 func readRequest(c *conn) (*Request, error) {
-	req := &Request{Body: newBody(c, untilClose)}
-	header, err := c.readHead(false, req.parseLine)
+	var err error
+	req := &Request{Body: newBody(c, -1, false)}
+	req.Header, err = c.readHead(false, req.parseLine)
 	if err != nil {
 		return req, err
 	}
-	req.Header = header
 	if err := req.parseTarget(); err != nil {
 		return req, err
 	}
 	if err := req.parseHost(); err != nil {
 		return req, err
 	}
-	framing, err := findFraming(req.Proto, header, false)
+	length, chunked, err := findFraming(req.Proto, req.Header, false)
 	if err != nil || req.Method == "CONNECT" { // what follows that is no body
 		return req, err
 	}
-	req.Body = newBody(c, framing)
+	req.Body = newBody(c, length, chunked)
 	return req, req.Body.checkFirstChunk()
 }
 
 // hasBody reports whether a body follows the head.
-func (req *Request) hasBody() bool { return req.Body.framing != 0 }
+func (req *Request) hasBody() bool { return req.Body.length != 0 }
 
 // readResponse reads the head of a response to a method and finds out where
 // its body ends. Its errors are about the origin: the caller says which.
-func readResponse(c *conn, method string) (*Response, *body, error) {
-	res := new(Response)
+func readResponse(c *conn, method string) (*Response, error) {
+	res := &Response{Origin: c.peer}
 	header, err := c.readHead(true, res.parseLine)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	framing, err := findFraming(res.Proto, header, true)
+	length, chunked, err := findFraming(res.Proto, header, true)
 	if bodiless(res.Status) {
-		framing = 0
+		length = 0
 	}
 	res.Header = header
-	res.Length = framing.length()
+	res.Length = length
 	if method == "HEAD" {
-		framing = 0
+		length = 0
 	}
-	return res, newBody(c, framing), err
+	res.Ready = length >= 0 && int(length) <= c.in.Buffered()
+	res.Body = newBody(c, length, chunked)
+	return res, err
 }
 
 // readHead reads a first line, which parseLine is given, and the fields of a
-// head. One empty line before that is skipped (RFC 9112 §2.2).
+// head. One empty line before that is skipped (RFC 9112 §2.2). From its first
+// byte on the head has to be whole within headWait, however its bytes trickle
+// in: progress does not move that deadline.
 func (c *conn) readHead(response bool, parseLine func(string) error) (Header, error) {
-	if err := c.awaitHead(); err != nil {
+	c.beforeWait = nil
+	if _, err := c.in.Peek(1); os.IsTimeout(err) {
 		return nil, err
+	} else if err != nil {
+		return nil, errSilent
+	}
+	buffered, _ := c.in.Peek(c.in.Buffered())
+	if !bytes.Contains(buffered, []byte("\r\n\r\n")) {
+		c.nextMove.Store(never)
+		c.SetDeadline(time.Now().Add(headWait))
 	}
 	lines := lineReader{in: c.in, room: maxHead, tooLong: 414}
 	line := lines.next()
 	if line == "" {
 		line = lines.next()
 	}
-	if lines.err == nil {
-		lines.err = parseLine(line)
-	}
+	lines.fail(parseLine(line))
 	lines.tooLong = 431
 	header := lines.header(response)
 	if os.IsTimeout(lines.err) && !response {
@@ -162,49 +172,34 @@ func readTranscript(in *bufio.Reader) (*Request, *Response, int64, error) {
 	return req, res, int64(room - lines.room), lines.err
 }
 
-// A framing tells where a body ends: after that many bytes, or in one of two
-// other ways (RFC 9112 §6.3).
-type framing int64
-
-const (
-	chunked    framing = -1
-	untilClose framing = -2
-)
-
-// length returns the bytes of the body, or -1 if only its end will tell.
-func (f framing) length() int64 { return max(int64(f), -1) }
-
-// A body is what follows a head, decoded from its framing. Reading it returns
-// io.EOF only when it has ended as its head promised; the error of a body
-// that breaks off is a statusError.
+// A body is what follows a head, decoded. Reading it returns io.EOF only when it
+// has ended as its head promised; the error of a body that breaks off is a
+// statusError.
 type body struct {
-	c *conn
-	framing
-	left   int64       // bytes to come: of the body or, where it is chunked, of the chunk
-	lines  lineReader  // reads what stands between chunks
-	begun  bool        // the first chunk has been read
-	whole  atomic.Bool // it has ended as promised; nothing is touched after that
-	upload chan error  // tells how sending it to an origin ended; nil if nobody does
+	c       *conn
+	length  int64       // bytes, -1 if only the end will tell: of the chunks or of the connection
+	chunked bool        // it comes in chunks
+	left    int64       // bytes to come: of the body or, where it is chunked, of the chunk
+	lines   lineReader  // reads what stands between chunks
+	begun   bool        // the first chunk has been read
+	whole   atomic.Bool // it has ended as promised; nothing is touched after that
+	close   func()      // ends the use of the connection to an origin
 }
 
-func newBody(c *conn, framing framing) *body {
-	b := &body{c: c, framing: framing, left: int64(framing)}
-	switch framing {
-	case 0:
-		b.whole.Store(true)
-	case chunked:
-		b.left = 0
-		b.lines = lineReader{in: c.in, room: maxHead, tooLong: 400, crlf: true}
-	case untilClose:
+func newBody(c *conn, length int64, chunked bool) *body {
+	b := &body{c: c, length: length, chunked: chunked, left: max(0, length)}
+	b.lines = lineReader{in: c.in, room: maxHead, tooLong: 400, crlf: true}
+	if length < 0 && !chunked {
 		b.left = maxLength
 	}
+	b.whole.Store(length == 0)
 	return b
 }
 
 // Read reads from the body, and only from that: what follows on the connection
 // is the next message.
 func (b *body) Read(p []byte) (int, error) {
-	if b.framing == chunked && b.left == 0 && !b.whole.Load() {
+	if b.chunked && b.left == 0 && !b.whole.Load() {
 		if err := b.nextChunk(); err != nil {
 			return 0, err
 		}
@@ -214,7 +209,7 @@ func (b *body) Read(p []byte) (int, error) {
 	}
 	n, err := b.c.in.Read(p[:min(int64(len(p)), b.left)])
 	b.left -= int64(n)
-	if b.framing > 0 && b.left == 0 || b.framing == untilClose && err == io.EOF {
+	if !b.chunked && (b.left == 0 || b.length < 0 && err == io.EOF) {
 		b.whole.Store(true)
 		return n, io.EOF
 	}
@@ -263,35 +258,26 @@ func (b *body) brokenBy(err error) error {
 // already here, so that nothing of such a request is sent on.
 func (b *body) checkFirstChunk() error {
 	buffered, _ := b.c.in.Peek(b.c.in.Buffered())
-	if b.framing != chunked || !bytes.Contains(buffered, []byte("\n")) {
+	if !b.chunked || !bytes.Contains(buffered, []byte("\n")) {
 		return nil
 	}
 	err := b.nextChunk()
 	if b.whole.Load() {
-		b.framing = 0 // it is empty, and is sent on with Content-Length: 0
+		b.length = 0 // it is empty, and is sent on with Content-Length: 0
 	}
 	return err
 }
 
-// uploadError returns why the body has not been sent to an origin as a whole, or
-// nil if it has been, or never had to be. A response can overtake the last bytes
-// of its request, so uploadError waits for these for up to a tenth of a second.
-func (b *body) uploadError() error {
-	if b.upload == nil {
-		return nil
-	}
-	select {
-	case err := <-b.upload:
-		b.upload <- err // for whoever asks next
-		return err
-	case <-time.After(100 * time.Millisecond):
-		return errors.New("the upload goes on")
-	}
+// Close ends the use of an origin's response. It may be called while another
+// goroutine reads from the body.
+func (b *body) Close() error {
+	b.close()
+	return nil
 }
 
 // consumed reports whether the body has been read to its end, so that the
-// next message follows on the connection. It may take a tenth of a second.
-func (b *body) consumed() bool { return b.uploadError() == nil && b.whole.Load() }
+// next message follows on the connection.
+func (b *body) consumed() bool { return b.whole.Load() }
 
 // A waiter is a body whose reads may have to wait. Before one does, it flushes
 // the connection to which its bytes are copied: small pieces leave together, and
@@ -393,10 +379,10 @@ func (w chunkWriter) Write(p []byte) (int, error) {
 // writeRequest writes the head of a request as its origin is to see it.
 func writeRequest(c *conn, req *Request, via Field) error {
 	more := Header{via}
-	if req.Body.framing == chunked {
+	if req.Body.length < 0 {
 		more = append(more, Field{"Transfer-Encoding", "chunked"})
 	} else if req.Has("Content-Length") || req.Has("Transfer-Encoding") {
-		more = append(more, Field{"Content-Length", fmt.Sprint(int64(req.Body.framing))})
+		more = append(more, Field{"Content-Length", fmt.Sprint(req.Body.length)})
 	}
 	c.writeHead(req.Method+" "+req.URL.Path+" HTTP/1.1",
 		Header{{"Host", req.URL.Host()}}, req.endToEnd("Host"), more)
@@ -431,9 +417,7 @@ func (p *originPool) via(proto string) Field {
 
 // hasSent reports whether a request has come from here before.
 func (p *originPool) hasSent(req *Request) bool {
-	return slices.ContainsFunc(req.Values("Via"), func(via string) bool {
-		return strings.HasSuffix(via, " "+p.pseudonym)
-	})
+	return strings.Contains(strings.Join(req.Values("Via"), ","), p.pseudonym)
 }
 
 // roundTrip sends a request to its origin and returns the final response, of
@@ -464,23 +448,24 @@ func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
 // the final response. If that fails it closes the connection.
 func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Response, error) {
 	unsent := writeRequest(c, req, p.via(req.Proto))
-	if unsent == nil && !req.Body.whole.Load() {
-		p.startUpload(c, req.Body)
+	uploaded := make(chan error, 1)
+	if unsent != nil || req.Body.consumed() {
+		uploaded <- unsent
+	} else {
+		go p.guard(func() { uploaded <- upload(c, req.Body) })
 	}
 	// An origin may answer before it has all of the request (RFC 9112 §9.5),
 	// even where it does not take any more of it.
-	res, resBody, err := readResponse(c, req.Method)
-	for n := 1; err == nil && res.Status < 200; n++ {
-		interim(res)
-		res, resBody, err = readResponse(c, req.Method)
-		if n == maxInterim && err == nil && res.Status < 200 {
-			err = errors.New("its interim responses do not end")
-		}
+	res, err := readFinalResponse(c, req.Method, interim)
+	select {
+	case unsent = <-uploaded:
+	case <-time.After(uploadWait):
+		unsent = errors.New("the upload goes on")
 	}
 	if err != nil {
 		c.Close()
-		if broken := req.Body.uploadError(); isStatusError(broken) {
-			return nil, broken // the client's fault
+		if isStatusError(unsent) {
+			return nil, unsent // the client's fault
 		}
 		if isStatusError(err) {
 			err = errors.New(err.Error()) // not the client's
@@ -495,47 +480,40 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 		!authenticatesConnection(res.Header, "WWW-Authenticate") &&
 		(p.keepInner || !isInner(c.peer)) &&
 		!(res.Has("Content-Length") && res.Has("Transfer-Encoding"))
-	res.Origin = c.peer
-	res.Ready = resBody.framing >= 0 && int(resBody.framing) <= c.in.Buffered()
-	res.Body = originBody{resBody, sync.OnceFunc(func() {
+	answer := res.Body.(*body)
+	answer.close = sync.OnceFunc(func() {
 		// The origin must not have said anything beyond the end of its response.
-		if reusable && resBody.whole.Load() && c.in.Buffered() == 0 && req.Body.consumed() {
+		if reusable && answer.whole.Load() && c.in.Buffered() == 0 {
 			p.put(c, req.URL.Authority)
 		} else {
 			c.Close()
 		}
-	})}
+	})
 	return res, nil
 }
 
-// An originBody is the body of an origin's response. Close gives its
-// connection back, and may be called while another goroutine reads.
-type originBody struct {
-	*body
-	giveBack func()
+// readFinalResponse passes what comes before the final response to interim.
+func readFinalResponse(c *conn, method string, interim func(*Response)) (*Response, error) {
+	for range maxInterim {
+		res, err := readResponse(c, method)
+		if err != nil || res.Status >= 200 {
+			return res, err
+		}
+		interim(res)
+	}
+	return nil, errors.New("its interim responses do not end")
 }
 
-func (b originBody) Close() error {
-	b.giveBack()
-	return nil
-}
-
-// startUpload begins to send the body of a request, while the response may
-// already be coming back. If the body breaks off, the connection is closed: a
-// part must not be taken for the whole. If the origin stops reading, its
-// response may still be on the way.
-func (p *originPool) startUpload(to *conn, from *body) {
-	from.upload = make(chan error, 1)
-	go p.guard(func() {
-		err := badRequest("a bug ended the upload") // unless another error takes its place
-		defer func() {
-			if isStatusError(err) {
-				to.Close()
-			}
-			from.upload <- err
-		}()
-		err = writeBody(to, from, from.length(), from.framing == chunked)
-	})
+// upload sends the body of a request, while the response may already be coming
+// back. If the body breaks off, the connection is closed: a part must not be
+// taken for the whole. If the origin stops reading, its response may still be on
+// the way.
+func upload(to *conn, from *body) error {
+	err := writeBody(to, from, from.length, from.chunked)
+	if isStatusError(err) {
+		to.Close()
+	}
+	return err
 }
 
 // take returns an idle connection to an origin, or nil.
@@ -611,19 +589,16 @@ func join(a, b *conn, guard func(func())) {
 		c.limit = tunnelWait
 		c.nextMove.Store(0)
 	}
-	done := make(chan struct{})
-	go guard(func() {
-		defer close(done)
-		pipe(a, b)
-	})
+	var there sync.WaitGroup
+	there.Go(func() { guard(func() { pipe(a, b) }) })
 	pipe(b, a)
-	<-done
+	there.Wait()
 }
 
 // pipe carries what comes on one connection to the other, and after that the
 // news that no more comes.
 func pipe(to, from *conn) {
-	if err := writeBody(to, newBody(from, untilClose), -1, false); err != nil {
+	if err := writeBody(to, newBody(from, -1, false), -1, false); err != nil {
 		to.Close()
 	} else {
 		to.tcp().CloseWrite()
@@ -634,11 +609,10 @@ func pipe(to, from *conn) {
 // waits for longer than limit. Small writes are gathered until Flush.
 type conn struct {
 	net.Conn
-	peer       netip.Addr // whom it leads to
-	in         *bufio.Reader
-	out        []byte        // written, but not yet sent
-	pair       [2][]byte     // what send is writing, kept here so that it leaves no garbage
-	buffers    net.Buffers   // the same, as WriteTo takes it
+	peer netip.Addr // whom it leads to
+	in   *bufio.Reader
+	out  []byte // written, but not yet sent
+
 	err        error         // what ended writing
 	sent       int64         // bytes
 	beforeWait flusher       // is flushed before a read that may wait; may be nil
@@ -699,9 +673,8 @@ func (c *conn) send(p []byte) error {
 		piece := p[:min(len(p), maxPiece)]
 		p = p[len(piece):]
 		c.progress()
-		c.pair = [2][]byte{c.out, piece}
-		c.buffers = c.pair[:]
-		n, err := c.buffers.WriteTo(c.Conn)
+		buffers := net.Buffers{c.out, piece}
+		n, err := buffers.WriteTo(c.Conn)
 		c.sent += n
 		c.err = err
 		c.out = c.out[:0]
@@ -716,24 +689,6 @@ func (c *conn) writeHead(line string, headers ...Header) {
 		c.out = h.appendTo(c.out)
 	}
 	c.out = append(c.out, "\r\n"...)
-}
-
-// awaitHead waits for the first byte of a head. From then on the head has to
-// be whole within headWait, however its bytes trickle in: progress does not
-// move that deadline.
-func (c *conn) awaitHead() error {
-	c.beforeWait = nil
-	if _, err := c.in.Peek(1); os.IsTimeout(err) {
-		return err
-	} else if err != nil {
-		return errSilent
-	}
-	buffered, _ := c.in.Peek(c.in.Buffered())
-	if !bytes.Contains(buffered, []byte("\r\n\r\n")) {
-		c.nextMove.Store(never)
-		c.SetDeadline(time.Now().Add(headWait))
-	}
-	return nil
 }
 
 // drain prepares a close: it lets the client read the last response. Closing a
@@ -756,6 +711,7 @@ const (
 	maxDrained  = 1 << 20          // bytes that are read and dropped before a close
 	maxLength   = 1<<63 - 1        // bytes of a body
 	never       = 1<<63 - 1        // a time, in Unix nanoseconds
+	uploadWait  = time.Second / 10 // for the last bytes of a request whose response has overtaken them
 	dialWait    = 10 * time.Second // for a connection to an origin
 	headWait    = 30 * time.Second // for a head, from its first byte to its last
 	stallWait   = 60 * time.Second // without any progress, and for idle connections
@@ -872,10 +828,7 @@ func (req *Request) parseTarget() (err error) {
 	target := req.Target
 	switch {
 	case req.Method == "CONNECT":
-		req.URL.Authority, err = parseAuthority(target)
-		if _, port, _ := net.SplitHostPort(target); err == nil && port == "" {
-			err = badRequest("CONNECT without a port: %+.200q", target)
-		}
+		req.URL.Authority, err = parseAuthority(target, "")
 	case target[0] == '/', target == "*" && req.Method == "OPTIONS":
 		req.Direct = true
 		req.URL.Path = target
@@ -904,38 +857,38 @@ func parseURL(rest string) (URL, error) {
 	if !strings.HasPrefix(path, "/") {
 		path = "/" + path
 	}
-	authority, err := parseAuthority(host)
-	return URL{authority, path}, err
+	authority, err := parseAuthority(host, "80")
+	if err != nil {
+		return URL{}, err
+	}
+	return URL{authority, path}, nil
 }
 
 // parseHost checks that the request names one host. Only HTTP/1.0 may name
 // none (RFC 9112 §3.2).
 func (req *Request) parseHost() (err error) {
 	hosts := req.Values("Host")
-	switch {
-	case len(hosts) == 0 && req.Proto == "HTTP/1.0":
-	case len(hosts) != 1 || hosts[0] == "":
+	if len(hosts) == 1 {
+		req.Host, err = parseAuthority(hosts[0], "80")
+	} else if len(hosts) > 1 || req.Proto != "HTTP/1.0" {
 		err = badRequest("Host must name one host, not %+.200q", strings.Join(hosts, ", "))
-	case hosts[0] == req.URL.Host(): // the usual case
-		req.Host = req.URL.Authority
-	default:
-		req.Host, err = parseAuthority(hosts[0])
 	}
 	return err
 }
 
 // parseAuthority returns host[:port] in one spelling: in lower case, IPv6
-// addresses as in RFC 5952, and always with a port, 80 by default.
-func parseAuthority(s string) (string, error) {
+// addresses as in RFC 5952, and always with a port. Where there is no port
+// usual, which is empty, there has to be one.
+func parseAuthority(s, usual string) (string, error) {
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
-		host, port, err = net.SplitHostPort(s + ":80")
+		host, port, err = net.SplitHostPort(s + ":")
 	}
-	number, noNumber := strconv.ParseUint(cmp.Or(port, "80"), 10, 16)
+	number, noNumber := strconv.ParseUint(cmp.Or(port, usual), 10, 16)
 	ip, _ := netip.ParseAddr(host)
 	if cmp.Or(err, noNumber) != nil || number == 0 || host == "" ||
 		strings.Trim(host, hostCharacters) != "" || ip.Is6() != strings.HasPrefix(s, "[") {
-		return "", badRequest("not a host with or without a port: %+.200q", s)
+		return "", badRequest("not a host and a port: %+.200q", s)
 	}
 	if ip.Is6() {
 		host = ip.String()
@@ -946,39 +899,37 @@ func parseAuthority(s string) (string, error) {
 // What names and addresses of hosts consist of.
 const hostCharacters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.-_:"
 
-// findFraming decides where the body of a message ends, if it has one, in the
-// order of RFC 9112 §6.3.
-func findFraming(proto string, h Header, response bool) (framing, error) {
+// findFraming decides where the body of a message ends, in the order of RFC 9112
+// §6.3. It returns the length of the body, 0 if there is none and -1 if only its
+// end will tell, and whether it comes in chunks.
+func findFraming(proto string, h Header, response bool) (int64, bool, error) {
 	lengths := h.Values("Content-Length")
 	codings := h.Values("Transfer-Encoding")
 	coding := strings.Join(codings, ", ")
+	if response {
+		lengths = slices.Compact(lengths) // which may be repeated
+	}
 	switch {
 	case len(codings) > 0 && len(lengths) > 0 && !response: // smuggling (§11.2)
-		return 0, badRequest("both Transfer-Encoding and Content-Length")
+		return 0, false, badRequest("both Transfer-Encoding and Content-Length")
 	case equalFold(coding, "chunked") && proto != "HTTP/1.0":
-		return chunked, nil // in a response also beside a length
+		return -1, true, nil // in a response also beside a length
 	case response && isToken(coding) && !knownCoding.MatchString(coding):
-		return untilClose, nil // passed on as it is
+		return -1, false, nil // passed on as it is
 	case len(codings) > 0:
-		return 0, errorf(501, "the transfer coding %+.200q in %s is not supported", coding, proto)
-	}
-
-	// Several lengths are several opinions about where the next message
-	// begins. A response may repeat one.
-	if response {
-		lengths = slices.Compact(lengths)
-	}
-	switch {
+		return 0, false, errorf(501, "the transfer coding %+.200q in %s is not supported", coding, proto)
 	case len(lengths) == 0 && response:
-		return untilClose, nil
+		return -1, false, nil
 	case len(lengths) == 0:
-		return 0, nil
+		return 0, false, nil
 	}
-	n, err := strconv.ParseUint(lengths[0], 10, 62)
-	if err != nil || len(lengths) > 1 {
-		return 0, badRequest("malformed Content-Length %+.200q", strings.Join(lengths, ", "))
+	// Several lengths are several opinions about where the next message begins.
+	digits := strings.Join(lengths, ", ")
+	length, err := strconv.ParseUint(digits, 10, 62)
+	if err != nil {
+		return 0, false, badRequest("malformed Content-Length %+.200q", digits)
 	}
-	return framing(n), nil
+	return int64(length), false, nil
 }
 
 // Transfer codings that change a body in a known way, and what looks like them.
@@ -1019,16 +970,22 @@ var metadataAddresses = []netip.Addr{
 // Host returns the authority as the Host field has it: without port 80.
 func (u URL) Host() string { return strings.TrimSuffix(u.Authority, ":80") }
 
-func (u URL) String() string { return "http://" + u.Host() + u.Path }
+// String returns the URL, the host:port of a tunnel, or the path of a request
+// to a server.
+func (u URL) String() string {
+	if u.Authority == "" || u.Path == "" {
+		return u.Authority + u.Path
+	}
+	return "http://" + u.Host() + u.Path
+}
 
 // Get returns the value of the first field of a name, empty if there is none.
 func (h Header) Get(name string) string {
-	for _, f := range h {
-		if equalFold(f.Name, name) {
-			return f.Value
-		}
+	i := slices.IndexFunc(h, func(f Field) bool { return equalFold(f.Name, name) })
+	if i < 0 {
+		return ""
 	}
-	return ""
+	return h[i].Value
 }
 
 // Has reports whether there is a field of a name.
@@ -1064,9 +1021,15 @@ func appendList(elements []string, value, separators string) []string {
 	return append(elements, strings.Trim(value[start:], " \t"))
 }
 
-// Without returns a copy of the header that lacks the named fields.
+// Without returns the header without the named fields. To append to the result
+// never changes the header itself. It is no copy if there is nothing to leave out,
+// as in most hits.
 func (h Header) Without(names ...string) Header {
-	return slices.DeleteFunc(slices.Clone(h), func(f Field) bool { return containsFold(names, f.Name) })
+	named := func(f Field) bool { return containsFold(names, f.Name) }
+	if !slices.ContainsFunc(h, named) {
+		return slices.Clip(h)
+	}
+	return slices.DeleteFunc(slices.Clone(h), named)
 }
 
 // appendTo appends the fields to b, as they stand in a head.
@@ -1090,21 +1053,14 @@ var hopByHop = []string{"Connection", "Content-Length", "Keep-Alive", "Proxy-Aut
 // them; a message that names them there is an attack.
 var alwaysEndToEnd = []string{"Host", "Via", "Max-Forwards", "Cache-Control", "Vary"}
 
-// endToEnd returns the fields that are to be passed on, lacking some more. It
-// returns the header itself if there is nothing to leave out, as in most hits.
+// endToEnd returns the fields that are to be passed on, lacking some more.
 func (h Header) endToEnd(without ...string) Header {
 	for _, name := range h.Values("Connection") {
 		if !containsFold(alwaysEndToEnd, name) {
 			without = append(without, name)
 		}
 	}
-	leftOut := func(f Field) bool {
-		return containsFold(hopByHop, f.Name) || containsFold(without, f.Name)
-	}
-	if !slices.ContainsFunc(h, leftOut) {
-		return h
-	}
-	return slices.DeleteFunc(slices.Clone(h), leftOut)
+	return h.Without(hopByHop...).Without(without...)
 }
 
 func (e *statusError) Error() string { return e.text }
@@ -1140,10 +1096,8 @@ func containsFold(list []string, s string) bool {
 // isToken reports whether s may be a method, or the name of a field (RFC 9110
 // §5.6.2).
 func isToken(s string) bool {
-	for _, b := range []byte(s) {
-		if b <= ' ' || b > '~' || strings.IndexByte(`"(),/:;<=>?@[\]{}`, b) >= 0 {
-			return false
-		}
+	separates := func(c rune) bool {
+		return c <= ' ' || c > '~' || strings.ContainsRune(`"(),/:;<=>?@[\]{}`, c)
 	}
-	return s != ""
+	return s != "" && !strings.ContainsFunc(s, separates)
 }
