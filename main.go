@@ -554,7 +554,7 @@ func parseFlags(args []string) (config, error) {
 	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
 	flags.Func("allow", "`list` of other machines that may ask: addresses, CIDRs, @file", c.allow.read)
 	flags.Func("deny", "`list` of clients that may not ask: addresses, CIDRs, or @file", c.deny.read)
-	flags.Func("block", "`list` of hosts and all below, addresses, CIDRs refused, or @file", c.block.read)
+	flags.Func("block", "`list` of refused hosts and all below, addresses, CIDRs, @file", c.block.read)
 	flags.Func("auth", "`user:password` that clients must give, or @file", c.setAuth)
 	version := flags.Bool("version", false, "print the version")
 
