@@ -45,6 +45,7 @@ type Cache struct {
 	size     atomic.Int64            // their bytes
 	warned   atomic.Int64            // when the operator was told last what is wrong, in Unix seconds
 	trimmed  atomic.Int64            // when room was made last on a full disk, likewise
+	trimming sync.Mutex              // is held by trim
 
 	// The lock is for what follows, for what changes in a download, and for renaming files.
 	sync.Mutex
@@ -1361,6 +1362,8 @@ func (c *Cache) usage() (files, bytes int64) { return c.files.Load(), c.size.Loa
 // that were used least recently; if the disk is full, a quarter of them. It also
 // removes what a crash has left unfinished. Only what is an entry is removed.
 func (c *Cache) trim(full bool) {
+	c.trimming.Lock()
+	defer c.trimming.Unlock()
 	c.files.Store(0) // what is stored meanwhile may count twice, but not be missed
 	c.size.Store(0)
 	root := c.root.Load()
