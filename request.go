@@ -609,10 +609,9 @@ func pipe(to, from *conn) {
 // waits for longer than limit. Small writes are gathered until Flush.
 type conn struct {
 	net.Conn
-	peer netip.Addr // whom it leads to
-	in   *bufio.Reader
-	out  []byte // written, but not yet sent
-
+	peer       netip.Addr // whom it leads to
+	in         *bufio.Reader
+	out        []byte        // written, but not yet sent
 	err        error         // what ended writing
 	sent       int64         // bytes
 	beforeWait flusher       // is flushed before a read that may wait; may be nil
