@@ -1548,6 +1548,8 @@ func TestCacheSecondRequest(t *testing.T) {
 		{"RFC 9111 §3.3", "GET | Range: bytes=0-3", "206 " + fresh, "GET", "", `206 "new", miss`, ""},
 		{"a range of all", "GET | Range: bytes=1-2", fresh, "GET", "", hit, hit},
 		{"two ranges", "GET", fresh, "GET | Range: bytes=0-1,3-3", "", fetched, hit},
+		{"RFC 9110 §13.1.1", "GET", fresh, `GET | If-Match: "1"`, "", fetched, hit},
+		{"RFC 9110 §13.1.4", "GET", fresh, "GET | If-Unmodified-Since: x", "", fetched, hit},
 		{"RFC 9110 §9.3", "POST", fresh, "GET", "", fetched, newHit},
 		{"HEAD", "GET", fresh, "HEAD", "", "200, hit", hit},
 	} {
