@@ -1185,8 +1185,11 @@ func (t *transaction) newEntry(res *Response) *Entry {
 // temporary begins the name of a file that is not whole.
 const temporary = "+download-"
 
-// What stands for itself in the name of a file. The rest is escaped.
-const plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
+// What stands for itself in the name of a file, and what the rest is escaped with.
+const (
+	plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
+	hexDigits       = "0123456789abcdef"
+)
 
 // fileName returns the name of the file for a URL without its scheme. "/" becomes
 // "_", as in the lab; upper case, "_" and most else is escaped. So no two URLs
@@ -1203,7 +1206,7 @@ func fileName(url string) string {
 		case b == '/':
 			name = append(name, '_')
 		case strings.IndexByte(plainCharacters, b) < 0, device && i == 0, b == '.' && atEnd:
-			name = fmt.Appendf(name, "%%%02x", b)
+			name = append(name, '%', hexDigits[b>>4], hexDigits[b&15]) // Appendf takes a µs
 		default:
 			name = append(name, b)
 		}

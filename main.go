@@ -259,14 +259,18 @@ func (x *exchange) answer() (*Response, error) {
 // adds to the response by whom and how that was done.
 func (x *exchange) fetch(req *Request) (*Response, error) {
 	// Max-Forwards limits how far OPTIONS goes (RFC 9110 §7.6.2).
-	hops, err := strconv.ParseUint(req.Get("Max-Forwards"), 10, 62)
-	if req.Method == "OPTIONS" && err == nil {
-		if hops == 0 {
+	if req.Method == "OPTIONS" {
+		hops, err := strconv.ParseUint(req.Get("Max-Forwards"), 10, 62)
+		switch {
+		case err != nil: // it says nothing
+		case hops == 0:
 			return x.page(200, "text/plain", ""), nil
+		default:
+			hop := Field{"Max-Forwards", fmt.Sprint(hops - 1)}
+			closer := *req
+			closer.Header = append(req.Without("Max-Forwards"), hop)
+			req = &closer
 		}
-		closer := *req
-		closer.Header = append(req.Without("Max-Forwards"), Field{"Max-Forwards", fmt.Sprint(hops - 1)})
-		req = &closer
 	}
 	res, status, err := x.cache.roundTrip(req, x.askOrigin)
 	x.status = status
