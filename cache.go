@@ -38,7 +38,7 @@ import (
 type Cache struct {
 	CacheConfig
 	root     atomic.Pointer[os.Root] // the directory
-	memory   sync.Map                // name to *Entry: small ones, as their files were a moment ago
+	memory   sync.Map                // name to *Entry: small ones that were read lately
 	inMemory atomic.Int64            // bytes of bodies in memory, whoever still reads them
 	version  atomic.Int64            // counts what is stored and removed
 	files    atomic.Int64            // in the directory, and
@@ -73,7 +73,7 @@ type transaction struct {
 	req     *Request
 	ask     func(*Request) (*Response, error) // sends a request to its origin
 	asked   time.Time
-	name    string // of the file of what the request selects
+	name    string // of the file of the variant that the request selects
 	sent    Header // of the request, as the origin sees it: Vary selects by that
 	stored  *Entry // what it selects, or nil
 	version int64  // Cache.version before that was looked up
@@ -87,7 +87,7 @@ type transaction struct {
 func (c *Cache) roundTrip(req *Request, ask func(*Request) (*Response, error)) (
 	*Response, CacheStatus, error) {
 	t := &transaction{Cache: c, req: req, ask: ask, sent: req.endToEnd()}
-	t.asked = c.now().Truncate(time.Second) // dates have no more
+	t.asked = c.now().Truncate(time.Second) // as dates in fields are
 	t.status.Outcome = miss
 	res, err := t.respond()
 	t.drop()
@@ -98,22 +98,26 @@ func (c *Cache) roundTrip(req *Request, ask func(*Request) (*Response, error)) (
 //  1. What the store can't answer goes straight to the origin.
 //  2. A fresh entry answers by itself, and so does a download under way.
 //  3. The first who asks for what is missing or stale fetches it for all. The
-//     others wait for that, and look again.
+//     others wait for that, once, and look again.
 func (t *transaction) respond() (*Response, error) {
 	h := t.req.Header
 	switch {
 	case t.req.Method != "GET" && t.req.Method != "HEAD":
 		return t.forward(nil, "method")
 	case t.req.hasBody(), h.Has("If-Match"), h.Has("If-Unmodified-Since"),
-		len(h.Values("Range")) > 1:
+		len(h.Values("Range")) > 1: // it wants several
 		return t.forward(nil, "bypass")
 	}
+	waited := "" // the name for which this request has waited already
 	for {
 		fresh, why := t.lookup()
 		if fresh {
 			return t.serveStored(), nil
 		}
-		if t.stored != nil && t.stored.isGrowing() || t.req.Method == "HEAD" || !t.due() {
+		if t.stored != nil && t.stored.isGrowing() || t.req.Method == "HEAD" {
+			return t.forward(nil, why)
+		}
+		if !t.due() {
 			return t.forward(nil, why)
 		}
 		d, mine := t.claim()
@@ -121,8 +125,11 @@ func (t *transaction) respond() (*Response, error) {
 			defer t.release(d)
 			return t.forward(d, why)
 		}
-		if d != nil && !t.wait(d) { // without one, the store has changed: look again at once
-			return t.forward(nil, why)
+		if d != nil { // without one, the store has changed: look again at once
+			if waited == t.name || !t.wait(d) {
+				return t.forward(nil, why)
+			}
+			waited = t.name
 		}
 		t.drop()
 	}
@@ -185,7 +192,7 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 	}
 	if t.keep(d, res) {
 		client := *t.req
-		if !validates { // the origin has already evaluated the client's own date
+		if !validates { // else the origin has evaluated the client's own date
 			client.Header = client.Without("If-Modified-Since")
 		}
 		tailor(res, &client)
@@ -248,10 +255,9 @@ func (e *Entry) isGrowing() bool {
 }
 
 // A memoryBody reads a body in memory.
-type memoryBody struct {
-	*bytes.Reader
-	io.Closer
-}
+type memoryBody struct{ *bytes.Reader }
+
+func (b memoryBody) Close() error { return nil }
 
 // A fileBody reads a part of a file.
 type fileBody struct {
@@ -304,7 +310,7 @@ func (t *transaction) find() *Entry {
 	if found && t.now().Sub(kept.(*Entry).used).Abs() <= memoryTrust {
 		e := *kept.(*Entry)
 		e.hit = memoryHit
-		e.Body = memoryBody{bytes.NewReader(e.text), io.NopCloser(nil)}
+		e.Body = memoryBody{bytes.NewReader(e.text)}
 		return &e
 	}
 	var e *Entry
@@ -322,7 +328,8 @@ func (t *transaction) find() *Entry {
 }
 
 // open returns the entry in the file of the name. A damaged file is a miss, and
-// so is one that today's rules would not store.
+// so is what the first edition or a proxy that is not open has stored, but this
+// one would not.
 func (t *transaction) open() *Entry {
 	e := readEntry(t.root.Load(), t.name)
 	if e == nil {
@@ -345,8 +352,8 @@ func (t *transaction) open() *Entry {
 }
 
 // remember reads a body into memory: answering from a file takes 20 µs longer.
-// What memory holds counts until the last client has read it, and the garbage
-// collector has found that out.
+// inMemory falls when the garbage collector has found that no client reads the
+// body any more.
 func (t *transaction) remember(e *Entry) {
 	if t.inMemory.Load() > maxMemory {
 		t.memory.Clear() // to read them again is cheap
@@ -362,7 +369,7 @@ func (t *transaction) remember(e *Entry) {
 	runtime.AddCleanup(&text[0], func(weight int64) { c.inMemory.Add(-weight) }, e.weight)
 	body.Close()
 	e.text = text[body.start:]
-	e.Body = memoryBody{bytes.NewReader(e.text), io.NopCloser(nil)}
+	e.Body = memoryBody{bytes.NewReader(e.text)}
 	e.Ready = true
 	kept := *e
 	t.Lock()
@@ -385,14 +392,14 @@ func (t *transaction) claim() (d *download, mine bool) {
 		return d, false
 	}
 	d = &download{cache: t.Cache, name: t.name, began: time.Now(),
-		known: make(chan struct{}), grew: sync.NewCond(t.Cache), users: 1}
+		known: make(chan struct{}), grew: sync.NewCond(&t.Cache.Mutex), users: 1}
 	t.downloads[t.name] = d
 	return d, true
 }
 
 // wait waits until it is known what the download of another request brings, and
-// reports whether it is worth looking for that. A request does not wait for what
-// may not be meant for all, and never for longer than joinWait.
+// reports whether it is worth looking for that. A request does not wait for an
+// answer that is perhaps for one client alone, and never for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
 	t.Lock()
 	unshared := t.now().Sub(t.unshared[t.name]) <= unsharedWait
@@ -472,7 +479,7 @@ func (t *transaction) keep(d *download, res *Response) bool {
 		t.trouble(err)
 		return false
 	}
-	e.assess(t.ttl, t.now())
+	e.assess(t.ttl, t.now()) // only now, as the file has Age, too
 	if t.stored != nil {
 		d.replaces = t.stored.weight
 	}
@@ -498,8 +505,8 @@ func (t *transaction) keep(d *download, res *Response) bool {
 }
 
 // worthStoring reports whether a response may be stored, and says in the status
-// why if not. A response that could be stored for no request at all ends what is
-// stored: it is newer, or says that this must not be stored any more.
+// why if not. If not even a plain GET could have stored it, what is stored is out
+// of date, and is removed.
 func (t *transaction) worthStoring(res *Response) bool {
 	may, why := storable(t.req, res, t.CacheConfig)
 	if may {
@@ -523,13 +530,14 @@ func (d *download) commit() bool {
 	if d.entry.Length < 0 {
 		d.file.WriteAt(fmt.Appendf(nil, lengthFormat, d.size), d.file.start-lengthBytes)
 	}
-	if d.file.root.Rename(d.file.name, d.name) != nil {
+	if err := d.file.root.Rename(d.file.name, d.name); err != nil {
+		c.trouble(err)
 		return false
 	}
 	c.version.Add(1)
 	c.memory.Delete(d.name)
 	delete(c.unshared, d.name)
-	if d.replaces == 0 {
+	if d.replaces == 0 { // then it is one more
 		c.files.Add(1)
 	}
 	size := c.size.Add(d.file.start + d.size - d.replaces)
@@ -592,7 +600,8 @@ type download struct {
 	body     io.ReadCloser // from the origin, or of the entry that is renewed
 	file     *cacheFile    // shared by all readers: somebody may have removed the name
 
-	// What follows is guarded by the cache's lock.
+	// What follows is guarded by the cache's lock. But run, which alone writes size
+	// and sets rest, reads size and sets rest without it until finish.
 	awaited bool       // another request has waited for it
 	entry   *Entry     // what there is to share, once that is known
 	grew    *sync.Cond // there is more, or no more comes
@@ -602,8 +611,9 @@ type download struct {
 	users   int        // the readers and, until it has ended, run
 }
 
-// run brings the body into the file. What that does not take is kept for the
-// first client.
+// run brings the body into the file: a TeeReader writes there what it reads, and
+// the copy goes to Write, which tells the readers. What the file does not take is
+// kept for the first client.
 func (d *download) run() {
 	err := errors.New("a bug ended the download") // unless another takes its place
 	defer func() { d.finish(err) }()
@@ -680,8 +690,9 @@ func (d *download) leave() {
 	}
 }
 
-// join adds a reader. The client that has caused the download is the first, and
-// gets what the file does not take. The caller holds the lock.
+// join adds a reader. It is the first if nobody else reads now, as the client that
+// caused the download; that one gets what the file does not take. The caller holds
+// the lock.
 func (d *download) join() *follower {
 	d.users++
 	return &follower{download: d, first: d.users == 2}
@@ -718,7 +729,7 @@ func (f *follower) Read(p []byte) (int, error) {
 		return n, err
 	case f.first && f.rest != nil:
 		io.CopyN(io.Discard, f.rest, f.off-size)
-		f.off = size
+		f.off = size // where rest begins; from now on nothing is skipped
 		return f.rest.Read(p)
 	}
 	return 0, err
@@ -750,7 +761,8 @@ func (f *follower) Close() error {
 	if _, renewal := f.body.(fileBody); renewal {
 		left = 0 // it costs the origin nothing, and the next one would begin anew
 	}
-	if f.err == nil && f.users == 2 && (left < 0 || left > maxUnread) {
+	last := f.users == 2 // with run
+	if f.err == nil && last && (left < 0 || left > maxUnread) {
 		f.cache.forget(f.download) // nobody is to join it any more, and
 		f.body.Close()             // run is to end
 	}
@@ -763,6 +775,7 @@ const (
 	maxInMemory  = 1 << 20          // bytes of a body that memory may answer with
 	maxMemory    = 16 << 20         // bytes of all these; slow clients that still read old ones count
 	maxUnread    = 1 << 20          // bytes of a download that are fetched though nobody reads it
+	maxName      = 160              // bytes of a file's name, but for a variant's hash
 	maxNames     = 1 << 16          // URLs that are remembered because they are not stored
 	copyStep     = 8 << 20          // bytes that are copied from file to file at a time
 	maxSeconds   = 1 << 31          // of an age or a lifetime (RFC 9111 §1.2.2)
@@ -889,7 +902,7 @@ func storable(req *Request, res *Response, config CacheConfig) (bool, reason) {
 		{"status", slices.Contains([]int{206, 304, 416}, res.Status)},
 		{"status", has("must-understand") && !understood},
 		{"no-freshness", !explicit && !understood && !has("public")},
-		{"too-large", res.Length > config.limit || len(h) > maxFields-8},
+		{"too-large", res.Length > config.limit || len(h) > maxFields-8}, // a file has some more
 		{"no-freshness", lifetime(res, config.ttl) == 0 && !hasValidator(h)},
 	} {
 		if rule.forbids {
@@ -939,8 +952,8 @@ func lifetime(res *Response, ttl time.Duration) time.Duration {
 }
 
 // assess sets the fields of the entry that depend on time (RFC 9111 §4.2). It was
-// born at its Date, or Age seconds before it was asked for, whichever is
-// earlier. If that lies in the future, the clock has been set back: then the age
+// born at its Date, which every response has by now, or Age seconds before it was
+// asked for, whichever is earlier. If that lies in the future, the clock has been set back: then the age
 // is unknown, and counts as infinite.
 func (e *Entry) assess(ttl time.Duration, now time.Time) {
 	e.born = httpDate(e.request.Get("Date"))
@@ -991,7 +1004,7 @@ func (e *Entry) mayStandIn(h Header, res *Response, err error, now time.Time) bo
 	switch {
 	case e.mustRevalidate, wantsReload(h), isStatusError(err):
 		return false
-	case err != nil: // there was no answer at all
+	case err != nil: // there was no answer at all; what it allows is a limit for that, too
 		return briefly || !own.Has("stale-if-error")
 	}
 	return briefly && slices.Contains([]int{500, 502, 503, 504}, res.Status)
@@ -1003,7 +1016,7 @@ func (e *Entry) mayStandIn(h Header, res *Response, err error, now time.Time) bo
 func selectingFields(stored, req Header) (selecting Header) {
 	for _, name := range stored.Values("Vary") {
 		if selecting.Has(name) || !req.Has(name) {
-			continue // to join 60 KiB once for each time that it is named took minutes
+			continue // a long field that was joined each time that it is named took minutes
 		}
 		elements := req.Values(name)
 		value := strings.Join(elements, ",")
@@ -1056,9 +1069,9 @@ func updated(stored, validation Header) Header {
 // §4.3.4): by its entity tag, weak or not, or else by its date of change, if it
 // has either.
 func sameRepresentation(stored, validation Header) bool {
-	tag, stale := validation.Get("ETag"), stored.Get("ETag")
-	if tag != "" && stale != "" {
-		return strings.TrimPrefix(tag, "W/") == strings.TrimPrefix(stale, "W/")
+	theirs, ours := validation.Get("ETag"), stored.Get("ETag")
+	if theirs != "" && ours != "" {
+		return strings.TrimPrefix(theirs, "W/") == strings.TrimPrefix(ours, "W/")
 	}
 	changed := validation.Get("Last-Modified")
 	return changed == "" || changed == stored.Get("Last-Modified")
@@ -1150,7 +1163,7 @@ func httpDate(s string) time.Time {
 	if t, err := time.Parse(dateFormat, s); err == nil && len(s) == len(dateFormat) {
 		return t // the usual case, at half the price
 	}
-	s = strings.ToUpper(s[max(0, strings.IndexAny(s, ", ")):])
+	s = strings.ToUpper(s[max(0, strings.IndexAny(s, ", ")):]) // without the name of the day
 	for _, layout := range []string{
 		dateFormat[3:], ", 02-Jan-06 15:04:05 GMT", " Jan _2 15:04:05 2006"} {
 		t, err := time.Parse(layout, s)
@@ -1200,7 +1213,7 @@ func fileName(url string) string {
 	stem = strings.TrimRight(stem, "0123456789")
 	device := containsFold([]string{"con", "prn", "aux", "nul", "com", "lpt"}, stem)
 	name := make([]byte, 0, 200)
-	for i, b := range []byte(url[:min(len(url), 161)]) { // more would be cut anyway
+	for i, b := range []byte(url[:min(len(url), maxName+1)]) { // more would be cut anyway
 		atEnd := i == 0 || i == len(url)-1
 		switch {
 		case b == '/':
@@ -1211,7 +1224,7 @@ func fileName(url string) string {
 			name = append(name, b)
 		}
 	}
-	if len(name) > 160 {
+	if len(name) > maxName {
 		hash := sha256.Sum256([]byte(url))
 		name = fmt.Appendf(name[:120], "+%x", hash[:16])
 	}
@@ -1230,6 +1243,7 @@ const (
 //	Date: Sun, 22 Nov 2026 06:00:00 GMT         when we asked
 //	accept-encoding: gzip                       what Vary selects by
 //	Generation: 4ZGEW2TQ...                     see lookup
+//	Inner: 127.0.0.1                            the origin, if its address is an inner one
 //
 //	HTTP/1.1 200 OK
 //	Content-Type: image/png
@@ -1245,9 +1259,9 @@ func (e *Entry) transcript(url URL) []byte {
 	return fmt.Appendf(e.Header.appendTo(b), "Content-Length: "+lengthFormat, e.Length)
 }
 
-// Files are opened so that a pipe among them can't hold us up. It also spares
-// four of the ten system calls that storing a small response took: package os
-// does not try whether it can wait for such files.
+// Files are opened so that a pipe among them can't hold us up. This also spares
+// four system calls for each file that is made: package os does not try to
+// register it with the poller.
 const openFlags = syscall.O_NONBLOCK
 
 // A cacheFile is a file that is being written. It keeps what it could not
@@ -1267,7 +1281,8 @@ var errTooLarge = errors.New("more than the cache may hold")
 // the body. If somebody has removed the directory, it makes that anew.
 func (c *Cache) create(url URL, e *Entry) (f *cacheFile, err error) {
 	head := e.transcript(url)
-	f = &cacheFile{name: temporary + rand.Text(), start: int64(len(head)), room: c.limit}
+	f = &cacheFile{name: temporary + rand.Text(), start: int64(len(head))}
+	f.room = c.limit - f.start
 	for range 2 {
 		f.root = c.root.Load()
 		f.File, err = f.root.OpenFile(f.name, openFlags|os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
@@ -1278,7 +1293,7 @@ func (c *Cache) create(url URL, e *Entry) (f *cacheFile, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err = f.Write(head); err != nil {
+	if _, err = f.File.Write(head); err != nil {
 		f.Close()
 		f.root.Remove(f.name)
 	}
@@ -1376,11 +1391,12 @@ func (c *Cache) trim(full bool) {
 	for _, entry := range entries {
 		name := entry.Name()
 		info, err := entry.Info()
-		switch stray := strings.HasPrefix(name, temporary); {
-		case err != nil:
+		stray := strings.HasPrefix(name, temporary)
+		switch {
+		case err != nil: // it has just been removed
 		case stray && c.now().Sub(info.ModTime()) > strayWait:
 			root.Remove(name)
-		case !stray && strings.ContainsAny(name[1:], "_+"): // as the names of ours do
+		case !stray && strings.ContainsAny(name[1:], "_+"): // the first slash of a URL, or a cut
 			files = append(files, info)
 			size += info.Size()
 		}

@@ -28,7 +28,7 @@ import (
 	"crypto/rand"
 	"crypto/subtle"
 	"encoding/base64"
-
+	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
@@ -100,12 +100,12 @@ func run(config config) error {
 	log.Printf("listening on %s, cache in %s", listener.Addr(), config.caching.dir)
 	p.serve(listener)
 
-	time.AfterFunc(stopWait+time.Second, func() { os.Exit(0) }) // even if nobody reads the log
+	time.AfterFunc(stopWait+time.Second, func() { os.Exit(0) }) // if nobody reads stdout, flush hangs
 	for end := time.Now().Add(stopWait); p.active.Load() > 0 && time.Now().Before(end); {
 		time.Sleep(10 * time.Millisecond)
 	}
 	p.journal.flush()
-	p.journal.Lock() // an exchange that takes longer may still count
+	p.journal.Lock() // exchanges that are still running may count meanwhile
 	defer p.journal.Unlock()
 	log.Print(p.journal.summary())
 	return nil
@@ -125,8 +125,8 @@ type proxy struct {
 
 // newProxy makes a proxy for the address that it listens on; the access log goes
 // to logTo. A proxy that others can reach keeps nothing from inner addresses:
-// no responses that it could serve to them, and no idle connections. Asking anew
-// is left to mayDial, which lets only clients on this machine do so.
+// no responses that it could serve to them, and no idle connections. So each
+// request dials anew, and mayDial permits that to clients on this machine only.
 func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) {
 	local := address.(*net.TCPAddr).IP.IsLoopback()
 	config.caching.shareInner = local
@@ -141,8 +141,8 @@ func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) 
 	}, err
 }
 
-// guard does some work, and survives its bugs: whoever waits for that work
-// sees it broken off.
+// guard runs work. If that panics, which is a bug, it logs the bug and goes on:
+// whoever waits for the work sees it broken off.
 func guard(work func()) {
 	defer func() {
 		if bug := recover(); bug != nil {
@@ -153,7 +153,7 @@ func guard(work func()) {
 }
 
 // serve accepts connections until the listener is closed. Ten times a second it
-// writes the log out, and looks after what time changes.
+// writes the log out, and closes connections that have been idle for too long.
 func (p *proxy) serve(listener net.Listener) {
 	go guard(func() {
 		for ; ; time.Sleep(100 * time.Millisecond) {
@@ -191,8 +191,9 @@ func (p *proxy) serveClient(c *conn) {
 }
 
 // An exchange is one request and what becomes of it. It lives as long as the
-// request is answered, on the goroutine of its connection; only the body of an
-// upload, and a response on its way into the cache, have goroutines of their own.
+// request is answered, on the goroutine of its connection. Only an upload, one
+// direction of a tunnel, and a response on its way into the cache have goroutines
+// of their own.
 type exchange struct {
 	*proxy
 	client  *conn
@@ -267,9 +268,9 @@ func (x *exchange) fetch(req *Request) (*Response, error) {
 			return x.page(200, "text/plain", ""), nil
 		default:
 			hop := Field{"Max-Forwards", fmt.Sprint(hops - 1)}
-			closer := *req
-			closer.Header = append(req.Without("Max-Forwards"), hop)
-			req = &closer
+			onward := *req
+			onward.Header = append(req.Without("Max-Forwards"), hop)
+			req = &onward
 		}
 	}
 	res, status, err := x.cache.roundTrip(req, x.askOrigin)
@@ -305,11 +306,11 @@ func (x *exchange) passInterim(res *Response) {
 }
 
 // send sends the client a response, and reports whether another request may
-// follow. An answer to /host/path has to a browser the same origin as our own
-// pages and all that runs on this machine. So it is put into a sandbox, where
-// its scripts can't read those, and sets no cookies.
+// follow. To a browser an answer to /host/path belongs to the same origin as our
+// own pages. So it is put into a sandbox, where its scripts can't read those, and
+// it sets no cookies.
 func (x *exchange) send(res *Response, keep bool) (bool, error) {
-	if x.req.Direct && x.req.URL.Authority != "" {
+	if x.req.Direct && x.req.URL.Authority != "" { // as fetchByPath has set it
 		const sandbox = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 		res.Header = append(res.Without("Set-Cookie", "Set-Cookie2", "Clear-Site-Data"),
 			Field{"Content-Security-Policy", sandbox})
@@ -320,7 +321,7 @@ func (x *exchange) send(res *Response, keep bool) (bool, error) {
 // tunnel joins the client with the host that it names, until both have ended.
 // What goes through it is not looked at; most of it is HTTPS.
 func (x *exchange) tunnel() (*Response, error) {
-	x.status.Outcome = miss
+	x.status.Outcome = miss // as Squid logs a tunnel that fails
 	origin, err := dial(x.req.URL.Authority, x.mayDial)
 	if err != nil {
 		return nil, err
@@ -336,7 +337,7 @@ func (x *exchange) tunnel() (*Response, error) {
 	x.client.writeHead("HTTP/1.1 200 Connection established")
 	x.client.Flush()
 	join(x.client, origin, guard)
-	return &Response{Status: 200}, nil
+	return &Response{Status: 200}, nil // for the log
 }
 
 // Outcomes of requests that the cache has no part in.
@@ -355,21 +356,11 @@ func (x *exchange) page(status int, kind, text string) *Response {
 		Length: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
 }
 
-// errorPage tells a client why it gets nothing else. An error that has no status
-// is about the origin: 504 if that took too long, and else 502. A direct request
-// may have meant a file instead, so a name that does not exist is not found.
+// errorPage tells a client why it gets nothing else.
 func (x *exchange) errorPage(err error) *Response {
-	told := &statusError{502, fmt.Sprintf("%s: %v", x.req.URL.Authority, err)}
-	var lookup *net.DNSError
-	noHost := errors.As(err, &lookup) && lookup.IsNotFound
-	switch {
-	case errors.As(err, &told): // it has a status
-	case noHost && x.req.Direct:
-		told = &statusError{404, "there is neither a file nor a host for " + x.req.Target}
-	case noHost:
-		told.text = x.req.URL.Authority + ": no such host"
-	case os.IsTimeout(err):
-		told.code = 504
+	var told *statusError
+	if !errors.As(err, &told) {
+		told = x.originError(err)
 	}
 	res := x.page(told.code, "text/plain; charset=utf-8", told.text+"\n")
 	challenge, asks := map[int]string{401: "WWW-Authenticate", 407: "Proxy-Authenticate"}[told.code]
@@ -380,6 +371,24 @@ func (x *exchange) errorPage(err error) *Response {
 		x.status.Outcome = denied
 	}
 	return res
+}
+
+// originError says what is wrong with an origin: 504 if it took too long, and
+// else 502. A direct request may have meant a file instead, so a host that does
+// not exist is not found.
+func (x *exchange) originError(err error) *statusError {
+	host := x.req.URL.Authority
+	var lookup *net.DNSError
+	noHost := errors.As(err, &lookup) && lookup.IsNotFound
+	switch {
+	case noHost && x.req.Direct:
+		return &statusError{404, "there is neither a file nor a host for " + x.req.Target}
+	case noHost:
+		return &statusError{502, host + ": no such host"}
+	case os.IsTimeout(err):
+		return &statusError{504, fmt.Sprintf("%s: %v", host, err)}
+	}
+	return &statusError{502, fmt.Sprintf("%s: %v", host, err)}
 }
 
 // admit decides whether this client may make this request. A browser fetches
@@ -394,11 +403,11 @@ func (x *exchange) admit() error {
 	if x.req.Direct {
 		field, refusal = "Authorization", 401
 	}
-	expect := cmp.Or(x.req.Get("Expect"), "100-continue")
+	expect := cmp.Or(x.req.Get("Expect"), "100-continue") // to expect nothing is as good
 	switch {
 	case x.deny.hasAddress(ip), !allowed && !ip.IsLoopback():
 		return errorf(403, "clients at %s may not use this proxy", ip)
-	case x.req.Target != "/proxy.pac" && !x.knows(x.req.Get(field)):
+	case x.req.Target != "/proxy.pac" && !x.isPassword(x.req.Get(field)):
 		return errorf(refusal, "this proxy needs a user name and a password")
 	case x.origins.hasSent(x.req):
 		return errorf(508, "this request has been here before")
@@ -410,8 +419,9 @@ func (x *exchange) admit() error {
 	return x.mayName(x.req.URL)
 }
 
-// knows reports whether credentials are those of -auth, if that is given.
-func (c *config) knows(credentials string) bool {
+// isPassword reports whether credentials are those of -auth. Without that flag
+// all are good enough.
+func (c *config) isPassword(credentials string) bool {
 	scheme, given, _ := strings.Cut(credentials, " ")
 	given = strings.TrimLeft(given, " ")
 	right := subtle.ConstantTimeCompare([]byte(given), []byte(c.auth)) == 1
@@ -449,9 +459,9 @@ func (x *exchange) mayDial(ip netip.Addr) error {
 }
 
 // answerAsServer answers a request to the proxy itself: the status page, the
-// configuration of a browser, a file, or /host/path. Host has to be a name
-// of ours: by one of its own that leads here (DNS rebinding) a page elsewhere
-// could read what is for this machine.
+// configuration of a browser, a file, or /host/path. Host has to be one of our
+// names. Otherwise a foreign page could give its own name our address (DNS
+// rebinding), and read what is for this machine.
 func (x *exchange) answerAsServer() (*Response, error) {
 	here := x.client.LocalAddr().(*net.TCPAddr).AddrPort()
 	host, port, _ := net.SplitHostPort(x.req.Host)
@@ -488,8 +498,8 @@ const pac = `function FindProxyForURL(url, host) {
 }
 `
 
-// fetchByPath answers /www.example.com/a/b with that page, as in the lab. The
-// cookies and passwords that a browser has for us are not for that host.
+// fetchByPath answers /www.example.com/a/b with that page, as in the Kurose-Ross
+// lab. The cookies and passwords that a browser has for us are not for that host.
 func (x *exchange) fetchByPath() (*Response, error) {
 	req := *x.req
 	var err error
@@ -505,13 +515,19 @@ func (x *exchange) fetchByPath() (*Response, error) {
 	return x.fetch(&req)
 }
 
+// Escapes in the path of a file, such as %20.
+var escapes = regexp.MustCompile("%[0-9A-Fa-f]{2}")
+
 // localFile answers with a file from -files, to this machine only: a regular
 // one that everybody on it may read, and nothing hidden. It returns nil if
-// there is none. An escape such as %20 is read as Go reads \x20 in a string.
+// there is none.
 func (x *exchange) localFile(escaped string) *Response {
-	name, err := strconv.Unquote(`"` + strings.ReplaceAll(escaped, "%", `\x`) + `"`)
-	hidden := strings.Contains("/"+name, "/.") || strings.Contains(escaped+name, `\`)
-	if err != nil || x.files == nil || hidden || !x.client.from().IsLoopback() {
+	name := escapes.ReplaceAllStringFunc(escaped, func(s string) string {
+		b, _ := hex.DecodeString(s[1:])
+		return string(b)
+	})
+	hidden := strings.Contains("/"+name, "/.") || strings.Contains(name, `\`)
+	if x.files == nil || hidden || !x.client.from().IsLoopback() {
 		return nil
 	}
 	info, err := x.files.Stat(name)
@@ -547,14 +563,14 @@ type config struct {
 // program.
 func parseFlags(args []string) (config, error) {
 	c := config{caching: CacheConfig{limit: 1 << 30, now: time.Now, guard: guard}}
-	c.block.names = map[string]bool{} // only what is asked for has names
+	c.block.names = map[string]bool{} // the other lists take no names
 	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&c.caching.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"),
 		"`directory` of the cache")
 	flags.Func("size", "most `bytes` that the cache holds, such as 500M or 10G (default 1G)", c.setSize)
-	flags.IntVar(&c.caching.uses, "uses", 1, "store a response from the `n`th request in 10 minutes on")
-	flags.Func("ttl", "least `duration` of freshness, such as 10m, of what tells none itself", c.setTTL)
+	flags.IntVar(&c.caching.uses, "uses", 1, "store a response at the `n`th request for it within 10 minutes")
+	flags.Func("ttl", "least `duration` of freshness, such as 10m, of responses that state none", c.setTTL)
 	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
 	flags.Func("allow", "`list` of other machines that may ask: addresses, CIDRs, @file", c.allow.read)
 	flags.Func("deny", "`list` of clients that may not ask: addresses, CIDRs, or @file", c.deny.read)
@@ -632,8 +648,8 @@ func (c *config) setTTL(s string) (err error) {
 	return nil
 }
 
-// setAuth reads -auth. An empty password would be easy to take for none at all,
-// and two lines in a file for two users, so neither is accepted.
+// setAuth reads -auth. An empty password looks like none at all, and two lines in
+// a file look like two users, so both are refused.
 func (c *config) setAuth(s string) error {
 	text, err := textOf(s)
 	if err != nil {
@@ -661,8 +677,8 @@ func textOf(s string) (string, error) {
 // Comments are lines whose first character, but for white space, is a "#".
 var comments = regexp.MustCompile(`(?m)^\s*#.*$`)
 
-// A hostList has addresses and networks, and names with all that is below
-// them.
+// A hostList has addresses and networks, and names of hosts, which include all
+// that is below them.
 type hostList struct {
 	given    bool // on the command line, though perhaps empty
 	networks []netip.Prefix
@@ -674,20 +690,25 @@ type hostList struct {
 func (l *hostList) read(s string) error {
 	l.given = true
 	text, err := textOf(s)
+	if err != nil {
+		return err
+	}
 	separates := func(c rune) bool { return c <= ' ' || c == ',' }
 	for _, entry := range strings.FieldsFunc(text, separates) {
-		if err == nil {
-			err = l.add(entry)
+		if err := l.add(entry); err != nil {
+			return err
 		}
 	}
-	return err
+	return nil
 }
 
 // add adds an entry. Requests are compared with it in their one spelling, so
 // IPv4 addresses are unmapped, and names are in lower case.
 func (l *hostList) add(entry string) error {
 	if ip, err := netip.ParseAddr(strings.Trim(entry, "[]")); err == nil {
-		entry = fmt.Sprintf("%s/%d", ip.Unmap().WithZone(""), ip.Unmap().BitLen())
+		ip = ip.Unmap().WithZone("")
+		l.networks = append(l.networks, netip.PrefixFrom(ip, ip.BitLen()))
+		return nil
 	}
 	if network, err := netip.ParsePrefix(entry); err == nil {
 		if network.Addr().Is4In6() {
@@ -697,11 +718,10 @@ func (l *hostList) add(entry string) error {
 		return nil
 	}
 	authority, err := parseAuthority(strings.Trim(entry, "."), "80")
-	name, isName := strings.CutSuffix(authority, ":80")
-	if err != nil || !isName || strings.Contains(entry, ":") || l.names == nil {
+	if err != nil || strings.Contains(entry, ":") || l.names == nil {
 		return fmt.Errorf("%q is not an address, a CIDR or, for -block, a host", entry)
 	}
-	l.names[name] = true
+	l.names[strings.TrimSuffix(authority, ":80")] = true
 	return nil
 }
 
@@ -728,7 +748,7 @@ type journal struct {
 
 	sync.Mutex          // guards the rest
 	out        []byte   // lines that are not written yet
-	latest     []string // the last maxRecords lines, without queries and not of any length
+	latest     []string // the last maxRecords lines, without queries, and cut to maxShown
 	requests   int
 	hits       int
 	tunnels    int
@@ -751,7 +771,8 @@ func (x *exchange) log() {
 	if x.origin.IsValid() {
 		asked = "HIER_DIRECT/" + x.origin.String()
 	}
-	// Joined strings: Sprintf would take 4 % of a hit.
+	// Joined strings, as Sprintf would take 4 % of a hit. The time it took is padded
+	// to six characters.
 	stamp := strconv.FormatInt(now.UnixMilli(), 10)
 	took := strconv.FormatInt(now.Sub(x.start).Milliseconds(), 10)
 	front := stamp[:len(stamp)-3] + "." + stamp[len(stamp)-3:] + " " +
@@ -845,8 +866,8 @@ td:last-child{width:auto}}</style>
 <h2>Their outcomes</h2><table>%[9]s</table>
 <h2>The latest</h2><table>%[10]s</table>`
 
-// statusPage tells how the proxy is doing. It is made from the lines of the log,
-// of which it shows the latest, and counts in those it knows of.
+// statusPage tells how the proxy is doing. It shows the latest lines of the log,
+// and counts hosts and outcomes in all that are kept.
 func (j *journal) statusPage(c *Cache) string {
 	files, size := c.usage()
 	name, _ := os.Hostname()
@@ -855,9 +876,10 @@ func (j *journal) statusPage(c *Cache) string {
 	defer j.Unlock()
 	for i, line := range slices.Backward(j.latest) {
 		f := strings.Fields(html.EscapeString(line)) // no URL can become markup
-		outcomes[f[3]]++
-		host, isURL := strings.CutPrefix(f[6], "http://")
-		if isURL || f[5] == "CONNECT" {
+		took, client, outcome, sent, method, url := f[1], f[2], f[3], f[4], f[5], f[6]
+		outcomes[outcome]++
+		host, isURL := strings.CutPrefix(url, "http://")
+		if isURL || method == "CONNECT" {
 			host, _, _ = strings.Cut(host, "/")
 			hosts[host]++
 		}
@@ -865,7 +887,7 @@ func (j *journal) statusPage(c *Cache) string {
 			seconds, _ := strconv.ParseFloat(f[0], 64)
 			ago := c.now().Sub(time.Unix(int64(seconds), 0)).Truncate(time.Second)
 			rows += fmt.Sprintf("<tr><td>%v ago<td>%s<td>%s<td>%s ms<td>%s bytes<td>%s %s",
-				ago, f[2], f[3], f[1], f[4], f[5], f[6])
+				ago, client, outcome, took, sent, method, url)
 		}
 	}
 	return fmt.Sprintf(statusHTML, html.EscapeString(name), j.begun.Format(time.DateTime), j.summary(),

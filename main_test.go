@@ -1969,6 +1969,26 @@ func TestCacheCrowd(t *testing.T) {
 	together(20, func(int) { match(t, "reply", p.get("/mine").String(), `200 "mine", \w+`) })
 }
 
+// What is stale at once is asked for by all who waited for the first, together and
+// not one after another. The origin holds its answers back until all are there.
+func TestCacheNobodyWaitsTwice(t *testing.T) {
+	p, o := start(t)
+	o.put("/a", `no-cache | ETag: "1"`, "a")
+	var asked atomic.Int32
+	o.handle("/slow", func(w http.ResponseWriter, r *http.Request) {
+		if asked.Add(1) == 1 {
+			eventually(t, "all wait", func() bool { return p.active.Load() == 6 })
+		} else {
+			eventually(t, "all ask", func() bool { return asked.Load() == 6 })
+		}
+		r.URL.Path = "/a"
+		o.ServeHTTP(w, r)
+	})
+	begun := time.Now()
+	together(6, func(int) { match(t, "reply", p.get("/slow").String(), `200 "a", (miss|renewed)`) })
+	eq(t, "without a wait", time.Since(begun) < joinWait/2, true)
+}
+
 // Nobody waits for what may not be for all, nor for too long.
 func TestCacheWaits(t *testing.T) {
 	p, o := start(t)

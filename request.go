@@ -20,6 +20,7 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -74,7 +75,7 @@ type statusError struct {
 }
 
 // errSilent says that a connection was closed before the first byte of a
-// message, as an idle one may be at any time.
+// message, as an idle one may be at any time. A client is not told.
 var errSilent = errors.New("closed the connection without an answer")
 
 // readRequest reads the head of the next request and determines where its body
@@ -127,7 +128,7 @@ func readResponse(c *conn, method string) (*Response, error) {
 	if method == "HEAD" {
 		length = 0
 	}
-	res.Ready = length >= 0 && int(length) <= c.in.Buffered()
+	res.Ready = length >= 0 && length <= int64(c.in.Buffered())
 	res.Body = newBody(c, length, chunked)
 	return res, err
 }
@@ -135,9 +136,9 @@ func readResponse(c *conn, method string) (*Response, error) {
 // readHead reads a first line, which parseLine is given, and the fields of a
 // head. One empty line before that is skipped (RFC 9112 §2.2). From its first
 // byte on the head has to be whole within headWait, however its bytes trickle
-// in: progress does not move that deadline.
+// in: until then progress does not move the deadline.
 func (c *conn) readHead(response bool, parseLine func(string) error) (Header, error) {
-	c.beforeWait = nil
+	c.beforeWait = nil // the body before this has gone where it had to
 	if _, err := c.in.Peek(1); os.IsTimeout(err) {
 		return nil, err
 	} else if err != nil {
@@ -187,7 +188,7 @@ type body struct {
 	lines   lineReader  // reads what stands between chunks
 	begun   bool        // the first chunk has been read
 	whole   atomic.Bool // it has ended as promised; nothing is touched after that
-	close   func()      // ends the use of the connection to an origin
+	release func()      // ends the use of the connection to an origin; nil for a client's
 }
 
 func newBody(c *conn, length int64, chunked bool) *body {
@@ -247,7 +248,8 @@ func (b *body) nextChunk() error {
 	return b.brokenBy(b.lines.err)
 }
 
-// brokenBy returns the error of a body that ends too early by err.
+// brokenBy returns the error of a body that ends too early by err. Its status is
+// for a client whose request it was.
 func (b *body) brokenBy(err error) error {
 	switch {
 	case err == nil || isStatusError(err):
@@ -275,7 +277,7 @@ func (b *body) checkFirstChunk() error {
 // Close ends the use of an origin's response. It may be called while another
 // goroutine reads from the body.
 func (b *body) Close() error {
-	b.close()
+	b.release()
 	return nil
 }
 
@@ -359,8 +361,8 @@ func writeBody(c *conn, from io.Reader, length int64, chunks bool) (err error) {
 }
 
 // copyBody copies a body of length bytes, or of unknown length (-1). CopyN takes
-// a buffer no larger than the body, where Copy takes one of 32 KiB, but it hides
-// that a body in memory can write itself.
+// a buffer no larger than the body, where Copy takes one of 32 KiB, but it would
+// hide the WriteTo of a body in memory.
 func copyBody(to io.Writer, from io.Reader, length int64) (err error) {
 	if _, writesItself := from.(io.WriterTo); writesItself || length < 0 {
 		_, err = io.Copy(to, from)
@@ -434,7 +436,8 @@ func (p *originPool) hasSent(req *Request) bool {
 func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
 	interim func(*Response)) (*Response, error) {
 	idempotent := slices.Contains([]string{"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}, req.Method)
-	if idempotent && !req.hasBody() && !authenticatesConnection(req.Header, "Authorization") {
+	repeatable := idempotent && !req.hasBody()
+	if repeatable && !authenticatesConnection(req.Header, "Authorization") {
 		if idle := p.take(req.URL.Authority); idle != nil {
 			if res, err := p.ask(idle, req, interim); err != errSilent {
 				return res, err
@@ -485,7 +488,7 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 		(p.keepInner || !isInner(c.peer)) &&
 		!(res.Has("Content-Length") && res.Has("Transfer-Encoding"))
 	answer := res.Body.(*body)
-	answer.close = sync.OnceFunc(func() {
+	answer.release = sync.OnceFunc(func() {
 		// The origin must not have said anything beyond the end of its response.
 		if reusable && answer.whole.Load() && c.in.Buffered() == 0 {
 			p.put(c, req.URL.Authority)
@@ -558,8 +561,9 @@ func (p *originPool) closeIdle() {
 
 // alive reports whether an idle connection is open and the origin has said
 // nothing on it: reading its socket has to say that it would block. That
-// costs 0.5 µs. Package syscall has no such call with the same types
-// everywhere, hence the type parameter; Windows can't be asked so.
+// costs 0.5 µs. What comes unasked would be taken for the next response. Package
+// syscall has no such call with the same types everywhere, hence the type
+// parameter; Windows can't be asked so.
 func alive[FD ~int | ~uintptr](c *conn, read func(FD, []byte) (int, error)) bool {
 	raw, err := c.tcp().SyscallConn()
 	if err == nil {
@@ -568,7 +572,7 @@ func alive[FD ~int | ~uintptr](c *conn, read func(FD, []byte) (int, error)) bool
 			return true
 		})
 	}
-	return err == syscall.EAGAIN || os.PathSeparator == '\\'
+	return err == syscall.EAGAIN || runtime.GOOS == "windows"
 }
 
 // dial connects to host:port. Names are looked up here, and permit sees the
@@ -593,10 +597,10 @@ func join(a, b *conn, guard func(func())) {
 		c.limit = tunnelWait
 		c.nextMove.Store(0)
 	}
-	var there sync.WaitGroup
-	there.Go(func() { guard(func() { pipe(a, b) }) })
+	var wg sync.WaitGroup
+	wg.Go(func() { guard(func() { pipe(a, b) }) })
 	pipe(b, a)
-	there.Wait()
+	wg.Wait()
 }
 
 // pipe carries what comes on one connection to the other, and after that the
@@ -700,7 +704,7 @@ func (c *conn) writeHead(line string, headers ...Header) {
 func (c *conn) drain() {
 	c.tcp().CloseWrite()
 	c.SetDeadline(time.Now().Add(lingerWait))
-	io.CopyN(io.Discard, c.Conn, maxDrained)
+	io.CopyN(io.Discard, c.Conn, maxDrained) // not from c, which would move the deadline
 }
 
 // Sizes, counts and waits.
@@ -884,8 +888,8 @@ func (req *Request) parseHost() (err error) {
 }
 
 // parseAuthority returns host[:port] in one spelling: in lower case, IPv6
-// addresses as in RFC 5952, and always with a port. Where there is no port
-// usual, which is empty, there has to be one.
+// addresses as in RFC 5952, and always with a port: usual if s names none. If
+// usual is empty, s has to name one.
 func parseAuthority(s, usual string) (string, error) {
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
@@ -970,7 +974,7 @@ func isInner(ip netip.Addr) bool {
 		slices.Contains(metadataAddresses, ip)
 }
 
-// The addresses of the same kind of two cloud providers that are not link-local.
+// Metadata services of two cloud providers that are not link-local.
 var metadataAddresses = []netip.Addr{
 	netip.MustParseAddr("fd00:ec2::254"), netip.MustParseAddr("fd20:ce::254")}
 
@@ -1028,9 +1032,9 @@ func appendList(elements []string, value, separators string) []string {
 	return append(elements, strings.Trim(value[start:], " \t"))
 }
 
-// Without returns the header without the named fields. To append to the result
-// never changes the header itself. It is no copy if there is nothing to leave out,
-// as in most hits.
+// Without returns the header without the named fields. Appending to the result
+// never changes h. If there is nothing to leave out, as in most hits, nothing is
+// copied.
 func (h Header) Without(names ...string) Header {
 	named := func(f Field) bool { return containsFold(names, f.Name) }
 	if !slices.ContainsFunc(h, named) {
@@ -1060,7 +1064,7 @@ var hopByHop = []string{"Connection", "Content-Length", "Keep-Alive", "Proxy-Aut
 // them; a message that names them there is an attack.
 var alwaysEndToEnd = []string{"Host", "Via", "Max-Forwards", "Cache-Control", "Vary"}
 
-// endToEnd returns the fields that are to be passed on, lacking some more.
+// endToEnd returns the fields that are to be passed on, but for those in without.
 func (h Header) endToEnd(without ...string) Header {
 	for _, name := range h.Values("Connection") {
 		if !containsFold(alwaysEndToEnd, name) {
