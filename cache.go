@@ -170,18 +170,21 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 	if err == nil {
 		t.status.ForwardStatus = res.Status
 	}
-	switch {
-	case t.stored != nil && t.stored.mayStandIn(t.req.Header, res, err, t.now()):
+	if t.stored != nil && t.stored.mayStandIn(t.req.Header, res, err, t.now()) {
 		if err == nil {
 			res.Body.Close()
 		}
 		res = t.serveStored()
 		t.status.Outcome = refreshFailed
 		return res, nil
-	case err != nil:
+	}
+	if err != nil {
 		return nil, err
-	case validates && res.Status == 304:
+	}
+	if validates && res.Status == 304 {
 		return t.renew(d, res)
+	}
+	switch {
 	case validates:
 		t.status.Outcome = refreshModified
 	case why == "request":
@@ -521,6 +524,24 @@ func (t *transaction) worthStoring(res *Response) bool {
 		t.invalidate(t.name)
 	}
 	return false
+}
+
+// newEntry makes an entry of a response.
+func (t *transaction) newEntry(res *Response) *Entry {
+	e := &Entry{Response: *res, hit: fileHit}
+	e.Header = res.endToEnd()
+	e.request = append(Header{dateField("Date", t.asked)}, selectingFields(e.Header, t.sent)...)
+	if isInner(res.Origin) {
+		e.request = append(e.request, Field{"Inner", res.Origin.String()})
+	}
+	generation := rand.Text()
+	if t.stored != nil {
+		generation = cmp.Or(t.stored.request.Get("Generation"), generation)
+	}
+	if e.Has("Vary") {
+		e.request = append(e.request, Field{"Generation", generation})
+	}
+	return e
 }
 
 // commit puts a finished file in its place, and reports whether it is there. The
@@ -1176,24 +1197,6 @@ func httpDate(s string) time.Time {
 
 // dateField returns a field that tells a time, such as Date or Last-Modified.
 func dateField(name string, t time.Time) Field { return Field{name, t.UTC().Format(dateFormat)} }
-
-// newEntry makes an entry of a response.
-func (t *transaction) newEntry(res *Response) *Entry {
-	e := &Entry{Response: *res, hit: fileHit}
-	e.Header = res.endToEnd()
-	e.request = append(Header{dateField("Date", t.asked)}, selectingFields(e.Header, t.sent)...)
-	if isInner(res.Origin) {
-		e.request = append(e.request, Field{"Inner", res.Origin.String()})
-	}
-	generation := rand.Text()
-	if t.stored != nil {
-		generation = cmp.Or(t.stored.request.Get("Generation"), generation)
-	}
-	if e.Has("Vary") {
-		e.request = append(e.request, Field{"Generation", generation})
-	}
-	return e
-}
 
 // temporary begins the name of a file that is not whole.
 const temporary = "+download-"

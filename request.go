@@ -480,13 +480,7 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 		return nil, err
 	}
 
-	// An origin that authenticates a connection does so for one user (RFC 4559).
-	// A response with two lengths may have meant either.
-	reusable := unsent == nil && keepsAlive(res.Proto, res.Header) &&
-		!authenticatesConnection(req.Header, "Authorization") &&
-		!authenticatesConnection(res.Header, "WWW-Authenticate") &&
-		(p.keepInner || !isInner(c.peer)) &&
-		!(res.Has("Content-Length") && res.Has("Transfer-Encoding"))
+	reusable := unsent == nil && p.mayKeep(req, res)
 	answer := res.Body.(*body)
 	answer.release = sync.OnceFunc(func() {
 		// The origin must not have said anything beyond the end of its response.
@@ -497,6 +491,17 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 		}
 	})
 	return res, nil
+}
+
+// mayKeep reports whether a connection may be kept after a response that ends
+// well. An origin that authenticates a connection does so for one user (RFC 4559).
+// A response with two lengths may have meant either.
+func (p *originPool) mayKeep(req *Request, res *Response) bool {
+	return keepsAlive(res.Proto, res.Header) &&
+		!authenticatesConnection(req.Header, "Authorization") &&
+		!authenticatesConnection(res.Header, "WWW-Authenticate") &&
+		(p.keepInner || !isInner(res.Origin)) &&
+		!(res.Has("Content-Length") && res.Has("Transfer-Encoding"))
 }
 
 // readFinalResponse passes what comes before the final response to interim.
