@@ -569,8 +569,8 @@ func parseFlags(args []string) (config, error) {
 	flags.StringVar(&c.caching.dir, "cache", cmp.Or(os.Getenv("CACHE_DIRECTORY"), "cache"),
 		"`directory` of the cache")
 	flags.Func("size", "most `bytes` that the cache holds, such as 500M or 10G (default 1G)", c.setSize)
-	flags.IntVar(&c.caching.uses, "uses", 1, "store a response at the `n`th request for it within 10 minutes")
-	flags.Func("ttl", "least `duration` of freshness, such as 10m, of responses that state none", c.setTTL)
+	flags.IntVar(&c.caching.uses, "uses", 1, "store at the `n`th request for a URL within 10 minutes")
+	flags.Func("ttl", "least `duration` of freshness, such as 10m, of what states none", c.setTTL)
 	files := flags.String("files", ".", "`directory` of files for direct requests, empty for none")
 	flags.Func("allow", "`list` of other machines that may ask: addresses, CIDRs, @file", c.allow.read)
 	flags.Func("deny", "`list` of clients that may not ask: addresses, CIDRs, or @file", c.deny.read)
