@@ -51,6 +51,7 @@ type Cache struct {
 	sync.Mutex
 	downloads map[string]*download // by the name that the file is to have
 	unshared  map[string]time.Time // when the answer could not be stored: nobody waits for the next
+	oversized map[string]time.Time // when one of unknown length was larger than the limit
 	misses    map[string]int       // counted if -uses asks for that
 	counting  time.Time            // since when
 }
@@ -434,11 +435,16 @@ func (t *transaction) release(d *download) {
 	answered := t.status.ForwardStatus != 0 && t.status.ForwardStatus != 304
 	personal := t.req.Has("Authorization") || cacheControl(t.req.Header).Has("no-store")
 	if d.awaited && answered && !personal && !t.req.Has("Range") {
-		if len(t.unshared) >= maxNames {
-			clear(t.unshared)
-		}
-		t.unshared[d.name] = t.now()
+		t.note(t.unshared, d.name)
 	}
+}
+
+// note remembers when it was last about a name. The caller holds the lock.
+func (c *Cache) note(times map[string]time.Time, name string) {
+	if len(times) >= maxNames {
+		clear(times)
+	}
+	times[name] = c.now()
 }
 
 // forget takes a download off the map, and reports whether it was there. The
@@ -472,7 +478,7 @@ func (t *transaction) due() bool {
 // reports whether it does: then the body is read from the store, and can be
 // read from any place on. d is the caller's claim, if any.
 func (t *transaction) keep(d *download, res *Response) bool {
-	if !t.worthStoring(res) || d == nil {
+	if !t.worthStoring(d, res) || d == nil {
 		return false
 	}
 	e := t.newEntry(res)
@@ -510,14 +516,19 @@ func (t *transaction) keep(d *download, res *Response) bool {
 // worthStoring reports whether a response may be stored, and says in the status
 // why if not. If not even a plain GET could have stored it, what is stored is out
 // of date, and is removed.
-func (t *transaction) worthStoring(res *Response) bool {
+func (t *transaction) worthStoring(d *download, res *Response) bool {
 	may, why := storable(t.req, res, t.CacheConfig)
-	if may {
-		return true
+	t.Lock()
+	oversized := t.now().Sub(t.oversized[t.name]) <= unsharedWait
+	t.Unlock()
+	if may && res.Length < 0 && oversized {
+		may = false
+		why = "too-large"
 	}
 	t.status.Detail = why
-	if t.stored == nil || !isHeuristic(res.Status) {
-		return false
+	newer := t.status.ForwardStatus == 304 || isHeuristic(res.Status)
+	if may || !newer || d == nil || t.stored == nil {
+		return may
 	}
 	mayForOthers, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
 	if !mayForOthers {
@@ -692,6 +703,9 @@ func (d *download) finish(err error) {
 	wanted := d.cache.forget(d)
 	if err != nil || !wanted || !d.commit() {
 		d.file.root.Remove(d.file.name)
+	}
+	if err == errTooLarge {
+		d.cache.note(d.cache.oversized, d.name)
 	}
 	d.err = cmp.Or(err, io.EOF)
 	d.grew.Broadcast()
@@ -1349,12 +1363,16 @@ func newCache(config CacheConfig) (*Cache, error) {
 		CacheConfig: config,
 		downloads:   map[string]*download{},
 		unshared:    map[string]time.Time{},
+		oversized:   map[string]time.Time{},
 		misses:      map[string]int{},
 	}
 	if err := c.openRoot(); err != nil {
 		return nil, err
 	}
 	file, err := c.create(URL{}, &Entry{})
+	if errors.Is(err, syscall.ENOSPC) {
+		return c, nil // room is made as soon as it is needed
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -1376,12 +1394,22 @@ func (c *Cache) openRoot() error {
 	return err
 }
 
+// reopen opens the directory anew if another one has taken its place.
+func (c *Cache) reopen() {
+	there, err := os.Stat(c.dir)
+	here, gone := c.root.Load().Stat(".")
+	if err == nil && (gone != nil || !os.SameFile(here, there)) {
+		c.openRoot()
+	}
+}
+
 // usage returns how many files and bytes the directory holds.
 func (c *Cache) usage() (files, bytes int64) { return c.files.Load(), c.size.Load() }
 
 // trim counts the files. If they have more bytes than the limit, it removes those
 // that were used least recently; if the disk is full, a quarter of them. It also
-// removes what a crash has left unfinished. Only what is an entry is removed.
+// removes what a crash has left unfinished. Files that are not the cache's own
+// are neither counted nor removed.
 func (c *Cache) trim(full bool) {
 	c.trimming.Lock()
 	defer c.trimming.Unlock()
@@ -1404,6 +1432,17 @@ func (c *Cache) trim(full bool) {
 			size += info.Size()
 		}
 	}
+	if full || size > c.limit { // then it is worth opening each to see whose it is
+		files = slices.DeleteFunc(files, func(info fs.FileInfo) bool {
+			e := readEntry(root, info.Name())
+			if e == nil {
+				size -= info.Size()
+				return true
+			}
+			e.Body.Close()
+			return false
+		})
+	}
 	enough := c.limit
 	if full {
 		enough = min(size, c.limit) / 4 * 3
@@ -1412,13 +1451,8 @@ func (c *Cache) trim(full bool) {
 	}
 	slices.SortFunc(files, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
 	for len(files) > 0 && size > enough {
-		name := files[0].Name()
-		e := readEntry(root, name)
-		if e != nil {
-			e.Body.Close()
-			root.Remove(name)
-		}
-		size -= files[0].Size() // what is not ours does not count
+		root.Remove(files[0].Name())
+		size -= files[0].Size()
 		files = files[1:]
 	}
 	c.files.Add(int64(len(files)))

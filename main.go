@@ -153,12 +153,13 @@ func guard(work func()) {
 }
 
 // serve accepts connections until the listener is closed. Ten times a second it
-// writes the log out, and closes connections that have been idle for too long.
+// writes the log out, and looks for what has changed meanwhile.
 func (p *proxy) serve(listener net.Listener) {
 	go guard(func() {
 		for ; ; time.Sleep(100 * time.Millisecond) {
 			p.journal.flush()
 			p.origins.closeIdle()
+			p.cache.reopen()
 		}
 	})
 	go guard(func() { p.cache.trim(false) })

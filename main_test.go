@@ -1552,6 +1552,9 @@ func TestCacheSecondRequest(t *testing.T) {
 		{"RFC 9110 §13.1.4", "GET", fresh, "GET | If-Unmodified-Since: x", "", fetched, hit},
 		{"RFC 9110 §9.3", "POST", fresh, "GET", "", fetched, newHit},
 		{"HEAD", "GET", fresh, "HEAD", "", "200, hit", hit},
+		{"no answer to HEAD", "GET", fresh + tag, "HEAD | no-cache", "405", "405, miss", hit},
+		{"no-store of a 304 for a redirection", "GET", "302 " + stale + tag, "GET", "no-store" + tag,
+			`302 "old", renewed`, fetched},
 	} {
 		t.Run(row.rule+": "+row.first+", "+row.old+", "+row.second+", "+row.new, func(t *testing.T) {
 			ask := func(request string) string {
@@ -1969,6 +1972,44 @@ func TestCacheCrowd(t *testing.T) {
 	together(20, func(int) { match(t, "reply", p.get("/mine").String(), `200 "mine", \w+`) })
 }
 
+// Another directory in the place of the cache is noticed within 0.1 s.
+func TestCacheReplacedDirectory(t *testing.T) {
+	p, o := start(t)
+	o.put("/", "max-age=600", "text")
+	p.get("/")
+	os.Rename(p.dir, filepath.Join(t.TempDir(), "old"))
+	os.Mkdir(p.dir, 0o700)
+	p.cache.reopen()
+	p.move(2 * time.Second) // which memory does not answer for
+	eq(t, "its file has gone", p.get("/"), `200 "text", miss`)
+	eq(t, "the new one is used", len(files(p.dir)), 1)
+}
+
+// What is of others in the directory does not count, however large or new it is.
+func TestCacheForeignFiles(t *testing.T) {
+	p, o := start(t, "-size", "1M")
+	foreign := filepath.Join(p.dir, "my_backup.tar")
+	os.WriteFile(foreign, []byte(bytesOf(3<<20)), 0o600)
+	os.Chtimes(foreign, time.Now(), time.Now().Add(time.Hour))
+	o.put("/", "max-age=600", bytesOf(100_000))
+	p.get("/")
+	p.cache.trim(false)
+	_, size := p.cache.usage()
+	eq(t, "bytes", size < 200_000, true)
+	eq(t, "what is stored stays", len(files(p.dir)), 2)
+}
+
+// A response of unknown length that was larger than the limit cuts others once.
+func TestCacheOversized(t *testing.T) {
+	p, _ := start(t, "-size", "100K")
+	page := "HTTP/1.1 200 OK | max-age=60\n\n" + bytesOf(300<<10) + "\x00"
+	p = p.to(script(t, page, page).host)
+	eq(t, "first", len(p.get("/").body), 300<<10)
+	again := p.get("/")
+	eq(t, "again", len(again.body), 300<<10)
+	match(t, "it says why", again.Get("Cache-Status"), ".*; detail=too-large")
+}
+
 // What is stale at once is asked for by all who waited for the first, together and
 // not one after another. The origin holds its answers back until all are there.
 func TestCacheNobodyWaitsTwice(t *testing.T) {
@@ -2178,6 +2219,8 @@ func TestCacheFullDisk(t *testing.T) {
 	fill("b")
 	eq(t, "a renewal", p.get("/11 | no-cache").body == large, true)
 	o.put("/range", fresh+" | Content-Length: 600000", bytesOf(600_000))
+	_, err = newCache(p.cache.CacheConfig)
+	eq(t, "another can start there", err, nil)
 	pad := filepath.Join(dir, "a0") // its room is enough for a head, but not for all of the body
 	for range 5 {
 		eventually(t, "what was before is over", func() bool { return p.active.Load() == 0 })

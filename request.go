@@ -506,14 +506,16 @@ func (p *originPool) mayKeep(req *Request, res *Response) bool {
 
 // readFinalResponse passes what comes before the final response to interim.
 func readFinalResponse(c *conn, method string, interim func(*Response)) (*Response, error) {
-	for range maxInterim {
+	for n := 0; ; n++ {
 		res, err := readResponse(c, method)
 		if err != nil || res.Status >= 200 {
 			return res, err
 		}
+		if n == maxInterim {
+			return nil, errors.New("its interim responses do not end")
+		}
 		interim(res)
 	}
-	return nil, errors.New("its interim responses do not end")
 }
 
 // upload sends the body of a request, while the response may already be coming
@@ -723,7 +725,7 @@ const (
 	maxDrained  = 1 << 20          // bytes that are read and dropped before a close
 	maxLength   = 1<<63 - 1        // bytes of a body
 	never       = 1<<63 - 1        // a time, in Unix nanoseconds
-	uploadWait  = time.Second / 10 // for the last bytes of a request whose response has overtaken them
+	uploadWait  = time.Second / 5  // for the last bytes of a request whose response has overtaken them
 	dialWait    = 10 * time.Second // for a connection to an origin
 	headWait    = 30 * time.Second // for a head, from its first byte to its last
 	stallWait   = 60 * time.Second // without any progress, and for idle connections
