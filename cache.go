@@ -1227,8 +1227,8 @@ const (
 // a device on Windows. What is too long is cut, and ends in a hash.
 func fileName(url string) string {
 	stem, _, _ := strings.Cut(url, ".")
-	stem = strings.TrimRight(stem, "0123456789")
-	device := containsFold([]string{"con", "prn", "aux", "nul", "com", "lpt"}, stem)
+	devices := []string{"con", "prn", "aux", "nul", "com", "lpt"} // and com1 and the like
+	device := len(stem) <= 4 && slices.Contains(devices, stem[:min(len(stem), 3)])
 	name := make([]byte, 0, 200)
 	for i, b := range []byte(url[:min(len(url), maxName+1)]) { // more would be cut anyway
 		atEnd := i == 0 || i == len(url)-1
