@@ -455,19 +455,21 @@ func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
 // the final response. If that fails it closes the connection.
 func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Response, error) {
 	unsent := writeRequest(c, req, p.via(req.Proto))
-	uploaded := make(chan error, 1)
-	if unsent != nil || req.Body.consumed() {
-		uploaded <- unsent
-	} else {
+	uploads := unsent == nil && !req.Body.consumed()
+	var uploaded chan error
+	if uploads {
+		uploaded = make(chan error, 1)
 		go p.guard(func() { uploaded <- upload(c, req.Body) })
 	}
 	// An origin may answer before it has all of the request (RFC 9112 §9.5),
 	// even where it does not take any more of it.
 	res, err := readFinalResponse(c, req.Method, interim)
-	select {
-	case unsent = <-uploaded:
-	case <-time.After(uploadWait):
-		unsent = errors.New("the upload goes on")
+	if uploads {
+		select {
+		case unsent = <-uploaded:
+		case <-time.After(uploadWait):
+			unsent = errors.New("the upload goes on")
+		}
 	}
 	if err != nil {
 		c.Close()
