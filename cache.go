@@ -405,8 +405,8 @@ func (t *transaction) claim() (d *download, mine bool) {
 // reports whether it is worth looking for that. A request does not wait for an
 // answer that is perhaps for one client alone, and never for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
+	unshared := t.wasNoted(t.unshared)
 	t.Lock()
-	unshared := t.now().Sub(t.unshared[t.name]) <= unsharedWait
 	d.awaited = true
 	t.Unlock()
 	part := t.stored == nil && t.req.Has("Range") // which the origin may send at once
@@ -439,7 +439,14 @@ func (t *transaction) release(d *download) {
 	}
 }
 
-// note remembers when it was last about a name. The caller holds the lock.
+// wasNoted reports whether the name has been noted in the last unsharedWait.
+func (t *transaction) wasNoted(times map[string]time.Time) bool {
+	t.Lock()
+	defer t.Unlock()
+	return t.now().Sub(times[t.name]) <= unsharedWait
+}
+
+// note remembers a name for unsharedWait. The caller holds the lock.
 func (c *Cache) note(times map[string]time.Time, name string) {
 	if len(times) >= maxNames {
 		clear(times)
@@ -518,17 +525,17 @@ func (t *transaction) keep(d *download, res *Response) bool {
 // of date, and is removed.
 func (t *transaction) worthStoring(d *download, res *Response) bool {
 	may, why := storable(t.req, res, t.CacheConfig)
-	t.Lock()
-	oversized := t.now().Sub(t.oversized[t.name]) <= unsharedWait
-	t.Unlock()
-	if may && res.Length < 0 && oversized {
-		may = false
-		why = "too-large"
+	if may && res.Length < 0 && t.wasNoted(t.oversized) {
+		t.status.Detail = "too-large"
+		return false
+	}
+	if may {
+		return true
 	}
 	t.status.Detail = why
 	newer := t.status.ForwardStatus == 304 || isHeuristic(res.Status)
-	if may || !newer || d == nil || t.stored == nil {
-		return may
+	if d == nil || t.stored == nil || !newer {
+		return false
 	}
 	mayForOthers, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
 	if !mayForOthers {
@@ -632,8 +639,8 @@ type download struct {
 	body     io.ReadCloser // from the origin, or of the entry that is renewed
 	file     *cacheFile    // shared by all readers: somebody may have removed the name
 
-	// What follows is guarded by the cache's lock. But run, which alone writes size
-	// and sets rest, reads size and sets rest without it until finish.
+	// What follows is guarded by the cache's lock. Only run changes size and rest. So
+	// it may read size without the lock, and it sets rest before finish takes that.
 	awaited bool       // another request has waited for it
 	entry   *Entry     // what there is to share, once that is known
 	grew    *sync.Cond // there is more, or no more comes
@@ -816,7 +823,7 @@ const (
 	maxSeconds   = 1 << 31          // of an age or a lifetime (RFC 9111 §1.2.2)
 	memoryTrust  = time.Second      // for which memory answers without a look at the file
 	joinWait     = 5 * time.Second  // for the head of a response that another has asked for
-	unsharedWait = 2 * time.Minute  // in which nobody waits for a URL that could not be stored
+	unsharedWait = 2 * time.Minute  // for which it is remembered what could not be stored
 	usesWindow   = 10 * time.Minute // in which the uses of a URL are counted
 	strayWait    = time.Hour        // age at which a temporary file must be left over from a crash
 )
@@ -988,8 +995,8 @@ func lifetime(res *Response, ttl time.Duration) time.Duration {
 
 // assess sets the fields of the entry that depend on time (RFC 9111 §4.2). It was
 // born at its Date, which every response has by now, or Age seconds before it was
-// asked for, whichever is earlier. If that lies in the future, the clock has been set back: then the age
-// is unknown, and counts as infinite.
+// asked for, whichever is earlier. If that lies in the future, the clock has been
+// set back: then the age is unknown, and counts as infinite.
 func (e *Entry) assess(ttl time.Duration, now time.Time) {
 	e.born = httpDate(e.request.Get("Date"))
 	if ages := e.Values("Age"); len(ages) > 0 {

@@ -130,6 +130,7 @@ type proxy struct {
 func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) {
 	local := address.(*net.TCPAddr).IP.IsLoopback()
 	config.caching.shareInner = local
+	config.caching.guard = guard
 	config.caching.warn = func(err error) { log.Print(err) }
 	cache, err := newCache(config.caching)
 	pseudonym := "proxy-" + strings.ToLower(rand.Text()[:6])
@@ -153,7 +154,8 @@ func guard(work func()) {
 }
 
 // serve accepts connections until the listener is closed. Ten times a second it
-// writes the log out, and looks for what has changed meanwhile.
+// writes the log out, closes connections that have been idle for too long, and
+// looks whether another directory has taken the place of the cache's.
 func (p *proxy) serve(listener net.Listener) {
 	go guard(func() {
 		for ; ; time.Sleep(100 * time.Millisecond) {
@@ -563,7 +565,7 @@ type config struct {
 // address. For -h and -version it prints what they ask for, and ends the
 // program.
 func parseFlags(args []string) (config, error) {
-	c := config{caching: CacheConfig{limit: 1 << 30, now: time.Now, guard: guard}}
+	c := config{caching: CacheConfig{limit: 1 << 30, now: time.Now}}
 	c.block.names = map[string]bool{} // the other lists take no names
 	flags := flag.NewFlagSet("proxy", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
