@@ -75,7 +75,6 @@ type transaction struct {
 	ask     func(*Request) (*Response, error) // sends a request to its origin
 	asked   time.Time
 	name    string // of the file of the variant that the request selects
-	sent    Header // of the request, as the origin sees it: Vary selects by that
 	stored  *Entry // what it selects, or nil
 	version int64  // Cache.version before that was looked up
 	status  CacheStatus
@@ -87,7 +86,7 @@ type transaction struct {
 // far it got.
 func (c *Cache) roundTrip(req *Request, ask func(*Request) (*Response, error)) (
 	*Response, CacheStatus, error) {
-	t := &transaction{Cache: c, req: req, ask: ask, sent: req.endToEnd()}
+	t := &transaction{Cache: c, req: req, ask: ask}
 	t.asked = c.now().Truncate(time.Second) // as dates in fields are
 	t.status.Outcome = miss
 	res, err := t.respond()
@@ -229,6 +228,10 @@ func (t *transaction) renew(d *download, validation *Response) (*Response, error
 	return &res, nil
 }
 
+// sent returns the fields of the request as the origin sees them: Vary selects by
+// those.
+func (t *transaction) sent() Header { return t.req.endToEnd() }
+
 // drop lets go of an entry that is of no use.
 func (t *transaction) drop() {
 	if t.stored != nil {
@@ -289,14 +292,14 @@ func (t *transaction) lookup() (fresh bool, why reason) {
 	t.version = t.Cache.version.Load()
 	t.stored = t.find()
 	why = "uri-miss"
-	if t.stored != nil && !t.stored.selectedBy(t.sent) {
+	if t.stored != nil && t.stored.Has("Vary") && !t.stored.selectedBy(t.sent()) {
 		why = "vary-miss"
-		selecting := selectingFields(t.stored.Header, t.sent)
+		selecting := selectingFields(t.stored.Header, t.sent())
 		hash := sha256.Sum256(fmt.Appendf(nil, "%q%q", t.stored.request.Get("Generation"), selecting))
 		t.name += fmt.Sprintf("~%x", hash[:8])
 		t.drop()
 		t.stored = t.find()
-		if t.stored != nil && !t.stored.selectedBy(t.sent) {
+		if t.stored != nil && !t.stored.selectedBy(t.sent()) {
 			t.drop()
 		}
 	}
@@ -548,7 +551,7 @@ func (t *transaction) worthStoring(d *download, res *Response) bool {
 func (t *transaction) newEntry(res *Response) *Entry {
 	e := &Entry{Response: *res, hit: fileHit}
 	e.Header = res.endToEnd()
-	e.request = append(Header{dateField("Date", t.asked)}, selectingFields(e.Header, t.sent)...)
+	e.request = append(Header{dateField("Date", t.asked)}, selectingFields(e.Header, t.sent())...)
 	if isInner(res.Origin) {
 		e.request = append(e.request, Field{"Inner", res.Origin.String()})
 	}
@@ -890,7 +893,7 @@ func (s CacheStatus) String() string {
 // origins write a semicolon between them.
 func cacheControl(h Header) (directives Header) {
 	for _, value := range h.Values("Cache-Control") {
-		for _, directive := range appendList(nil, value, ";") {
+		for _, directive := range appendList(nil, value, ';') {
 			name, argument, _ := strings.Cut(directive, "=")
 			directives = append(directives, Field{strings.ToLower(name), strings.Trim(argument, `"`)})
 		}
@@ -1126,7 +1129,7 @@ func tailor(res *Response, req *Request) {
 	status, off, n := res.Status, int64(0), res.Length
 	if res.Status == 200 && notModified(req.Header, res.Header) {
 		status, n = 304, 0
-	} else if res.Status == 200 && req.Method == "GET" && n >= 0 {
+	} else if res.Status == 200 && req.Method == "GET" && req.Has("Range") && n >= 0 {
 		status, off, n = byteRange(req.Header, res.Header, n)
 	}
 	switch status {
@@ -1222,11 +1225,7 @@ func dateField(name string, t time.Time) Field { return Field{name, t.UTC().Form
 // temporary begins the name of a file that is not whole.
 const temporary = "+download-"
 
-// What stands for itself in the name of a file, and what the rest is escaped with.
-const (
-	plainCharacters = "abcdefghijklmnopqrstuvwxyz0123456789-."
-	hexDigits       = "0123456789abcdef"
-)
+const hexDigits = "0123456789abcdef"
 
 // fileName returns the name of the file for a URL without its scheme. "/" becomes
 // "_", as in the lab; upper case, "_" and most else is escaped. So no two URLs
@@ -1239,13 +1238,14 @@ func fileName(url string) string {
 	name := make([]byte, 0, 200)
 	for i, b := range []byte(url[:min(len(url), maxName+1)]) { // more would be cut anyway
 		atEnd := i == 0 || i == len(url)-1
+		plain := 'a' <= b && b <= 'z' || '0' <= b && b <= '9' || b == '-' || b == '.' && !atEnd
 		switch {
 		case b == '/':
 			name = append(name, '_')
-		case strings.IndexByte(plainCharacters, b) < 0, device && i == 0, b == '.' && atEnd:
-			name = append(name, '%', hexDigits[b>>4], hexDigits[b&15]) // Appendf takes a µs
-		default:
+		case plain && !(device && i == 0):
 			name = append(name, b)
+		default:
+			name = append(name, '%', hexDigits[b>>4], hexDigits[b&15]) // Appendf takes a µs
 		}
 	}
 	if len(name) > maxName {

@@ -186,8 +186,7 @@ func (p *proxy) serveClient(c *conn) {
 		if err != nil && !isStatusError(err) {
 			return // e.g., the client has closed it
 		}
-		x := &exchange{proxy: p, client: c, req: req, res: new(Response),
-			start: p.cache.now(), before: c.bytesSent()}
+		x := &exchange{proxy: p, client: c, req: req, start: p.cache.now(), before: c.bytesSent()}
 		keep = x.serve(err)
 	}
 	c.drain()
@@ -214,7 +213,6 @@ type exchange struct {
 func (x *exchange) serve(malformed error) (keep bool) {
 	x.active.Add(1)
 	defer x.active.Add(-1)
-	defer x.log()
 	x.status.Outcome = none
 	err := malformed
 	if err == nil {
@@ -223,6 +221,7 @@ func (x *exchange) serve(malformed error) (keep bool) {
 	if err != nil {
 		x.res = x.errorPage(err)
 	}
+	defer x.log()
 	if x.status.Outcome == tunnelled {
 		return false // both sides have ended, and there is nothing to send
 	}
@@ -774,27 +773,36 @@ func (x *exchange) log() {
 	if x.origin.IsValid() {
 		asked = "HIER_DIRECT/" + x.origin.String()
 	}
-	// Joined strings, as Sprintf would take 4 % of a hit. The time it took is padded
-	// to six characters.
-	stamp := strconv.FormatInt(now.UnixMilli(), 10)
 	took := strconv.FormatInt(now.Sub(x.start).Milliseconds(), 10)
-	front := stamp[:len(stamp)-3] + "." + stamp[len(stamp)-3:] + " " +
-		"      "[min(len(took), 6):] + took + " " + x.client.from().String() + " " +
-		outcome + "/" + strconv.Itoa(1000 + x.res.Status)[1:] + " " + strconv.FormatInt(sent, 10) + " " +
-		printable(x.req.Method) + " "
-	back := " - " + asked + " " + printable(kind) + "\n"
-	url := cmp.Or(x.req.URL.String(), "error:invalid-request")
-	x.record(front, printable(url), back, sent)
+	url := printable(cmp.Or(x.req.URL.String(), "error:invalid-request"))
+
+	// Piece by piece, as Appendf takes 3 % of a hit more.
+	line := make([]byte, 0, 512)
+	line = strconv.AppendInt(line, now.UnixMilli(), 10)
+	line = slices.Insert(line, len(line)-3, '.')
+	line = append(line, "       "[min(len(took), 6):]...) // it has at least six characters
+	line = append(line, took+" "...)
+	line = x.client.from().AppendTo(line)
+	line = append(line, " "+outcome+"/"...)
+	line = strconv.AppendInt(line, int64(x.res.Status), 10)
+	line = append(line, ' ')
+	line = strconv.AppendInt(line, sent, 10)
+	line = append(line, " "+printable(x.req.Method)+" "...)
+	path, _, _ := strings.Cut(url, "?")
+	shown := string(append(line, path[:min(len(path), maxShown)]...))
+	line = append(line, url...)
+	line = append(line, " - "+asked+" "+printable(kind)+"\n"...)
+	x.record(line, shown, sent)
 }
 
-// record writes a line of the log, and counts it for the status page, which
-// shows the latest lines without the queries of their URLs.
-func (x *exchange) record(front, url, back string, sent int64) {
+// record keeps a line of the log until it is written, and counts it for the status
+// page, which shows it without the query of its URL.
+func (x *exchange) record(line []byte, shown string, sent int64) {
 	j := &x.journal
 	j.Lock()
 	defer j.Unlock()
-	j.out = append(j.out, front+url+back...)
-	if x.req.Direct && url == "/" {
+	j.out = append(j.out, line...)
+	if x.req.Direct && x.req.Target == "/" {
 		return // The page does not count itself.
 	}
 	j.requests++
@@ -808,8 +816,7 @@ func (x *exchange) record(front, url, back string, sent int64) {
 	case x.res.Status >= 400:
 		j.errors++
 	}
-	url, _, _ = strings.Cut(url, "?")
-	j.latest = append(j.latest[max(0, len(j.latest)-maxRecords+1):], front+url[:min(len(url), maxShown)])
+	j.latest = append(j.latest[max(0, len(j.latest)-maxRecords+1):], shown)
 }
 
 // printable turns what a client or an origin sent into one field of the log. It
