@@ -39,19 +39,19 @@ type Cache struct {
 	CacheConfig
 	root     atomic.Pointer[os.Root] // the directory
 	memory   sync.Map                // name to *Entry: small ones that were read lately
-	inMemory atomic.Int64            // bytes of bodies in memory, whoever still reads them
+	inMemory atomic.Int64            // bytes of them and of those that only a client still reads
 	version  atomic.Int64            // counts what is stored and removed
 	files    atomic.Int64            // in the directory, and
 	size     atomic.Int64            // their bytes
-	warned   atomic.Int64            // when the operator was told last what is wrong, in Unix seconds
+	warned   atomic.Int64            // when the operator was last warned, in Unix seconds
 	trimmed  atomic.Int64            // when room was made last on a full disk, likewise
 	trimming sync.Mutex              // is held by trim
 
-	// The lock is for what follows, for what changes in a download, and for renaming files.
+	// The lock guards what follows, what changes in each download, and renaming.
 	sync.Mutex
 	downloads map[string]*download // by the name that the file is to have
-	unshared  map[string]time.Time // when the answer could not be stored: nobody waits for the next
-	oversized map[string]time.Time // when one of unknown length was larger than the limit
+	unshared  map[string]time.Time // when an answer could not be shared: nobody waits for the next
+	oversized map[string]time.Time // when a body of unknown length was larger than the limit
 	misses    map[string]int       // counted if -uses asks for that
 	counting  time.Time            // since when
 }
@@ -60,7 +60,7 @@ type Cache struct {
 type CacheConfig struct {
 	dir        string
 	limit      int64            // bytes that the directory may hold
-	ttl        time.Duration    // how long a response is fresh, at least, that does not say so itself
+	ttl        time.Duration    // least freshness of a response that states none
 	uses       int              // store a response from that request on, within usesWindow
 	shareInner bool             // whether responses from inner addresses may be stored
 	now        func() time.Time // the clock
@@ -114,10 +114,8 @@ func (t *transaction) respond() (*Response, error) {
 		if fresh {
 			return t.serveStored(), nil
 		}
-		if t.stored != nil && t.stored.isGrowing() || t.req.Method == "HEAD" {
-			return t.forward(nil, why)
-		}
-		if !t.due() {
+		unfit := t.stored != nil && t.stored.isGrowing() // a download that may not answer this
+		if unfit || t.req.Method == "HEAD" || !t.due() {
 			return t.forward(nil, why)
 		}
 		d, mine := t.claim()
@@ -125,12 +123,17 @@ func (t *transaction) respond() (*Response, error) {
 			defer t.release(d)
 			return t.forward(d, why)
 		}
-		if d != nil { // without one, the store has changed: look again at once
-			if waited == t.name || !t.wait(d) {
-				return t.forward(nil, why)
-			}
-			waited = t.name
+		if d == nil { // the store has changed since the look-up: look again
+			t.drop()
+			continue
 		}
+		if waited == t.name { // once is enough
+			return t.forward(nil, why)
+		}
+		if !t.wait(d) {
+			return t.forward(nil, why)
+		}
+		waited = t.name
 		t.drop()
 	}
 }
@@ -146,7 +149,7 @@ func (t *transaction) serveStored() *Response {
 		t.status.Forward = "uri-miss"
 	}
 	age := min(max(0, t.now().Sub(e.born)/time.Second), maxSeconds)
-	e.Header = append(slices.Clip(e.Header), Field{"Age", strconv.Itoa(int(age))})
+	e.Header = append(slices.Clip(e.Header), Field{"Age", strconv.FormatInt(int64(age), 10)})
 	tailor(&e.Response, t.req)
 	if e.Status == 304 {
 		t.status.Outcome = notModifiedHit
@@ -195,7 +198,7 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 	}
 	if t.keep(d, res) {
 		client := *t.req
-		if !validates { // else the origin has evaluated the client's own date
+		if !validates { // the origin has seen the client's own date, and has answered in full
 			client.Header = client.Without("If-Modified-Since")
 		}
 		tailor(res, &client)
@@ -204,7 +207,7 @@ func (t *transaction) forward(d *download, why reason) (*Response, error) {
 }
 
 // renew answers with what is stored, as the origin has just said that it is
-// still good, and stores that with the fields of the 304 (RFC 9111 §4.3.4).
+// still good, and stores it again with the fields of the 304 (RFC 9111 §4.3.4).
 // The body goes from the old file to a new one.
 func (t *transaction) renew(d *download, validation *Response) (*Response, error) {
 	validation.Body.Close()
@@ -218,7 +221,7 @@ func (t *transaction) renew(d *download, validation *Response) (*Response, error
 	res.Header = updated(old.Header, validation.Header)
 	res.Origin = validation.Origin
 	t.keep(d, &res)
-	t.stored = nil // the download closes its body, or else the response does
+	t.stored = nil // who has its body now, the download or the response, closes it
 	for _, f := range validation.Header {
 		if equalFold(f.Name, "Set-Cookie") {
 			res.Header = append(res.Header, f) // for this client alone
@@ -228,7 +231,7 @@ func (t *transaction) renew(d *download, validation *Response) (*Response, error
 	return &res, nil
 }
 
-// sent returns the fields of the request as the origin sees them: Vary selects by
+// sent returns the fields of the request as they are passed on: Vary selects by
 // those.
 func (t *transaction) sent() Header { return t.req.endToEnd() }
 
@@ -299,7 +302,7 @@ func (t *transaction) lookup() (fresh bool, why reason) {
 		t.name += fmt.Sprintf("~%x", hash[:8])
 		t.drop()
 		t.stored = t.find()
-		if t.stored != nil && !t.stored.selectedBy(t.sent()) {
+		if t.stored != nil && !t.stored.selectedBy(t.sent()) { // its own Vary may differ
 			t.drop()
 		}
 	}
@@ -334,9 +337,9 @@ func (t *transaction) find() *Entry {
 	return e
 }
 
-// open returns the entry in the file of the name. A damaged file is a miss, and
-// so is what the first edition or a proxy that is not open has stored, but this
-// one would not.
+// open returns the entry in the file of the name. A damaged file is a miss. So is one
+// that this proxy would not store: an older version may have stored a part or a
+// cookie, and a proxy for this machine only what came from an inner address.
 func (t *transaction) open() *Entry {
 	e := readEntry(t.root.Load(), t.name)
 	if e == nil {
@@ -348,7 +351,7 @@ func (t *transaction) open() *Entry {
 	}
 	now := t.now()
 	if now.Sub(e.used) > time.Minute {
-		t.root.Load().Chtimes(t.name, now, now) // trim goes by that
+		t.root.Load().Chtimes(t.name, now, now) // trim removes the oldest
 	}
 	e.used = now
 	e.assess(t.ttl, now)
@@ -358,8 +361,8 @@ func (t *transaction) open() *Entry {
 	return e
 }
 
-// remember reads a body into memory: answering from a file takes 20 µs longer.
-// inMemory falls when the garbage collector has found that no client reads the
+// remember reads a body into memory, and lets e read it from there: to open a file
+// takes 20 µs. inMemory falls when the garbage collector has found that no client reads the
 // body any more.
 func (t *transaction) remember(e *Entry) {
 	if t.inMemory.Load() > maxMemory {
@@ -367,7 +370,7 @@ func (t *transaction) remember(e *Entry) {
 		return
 	}
 	body := e.Body.(fileBody)
-	text := make([]byte, e.weight) // with the head in front, so that it is never empty
+	text := make([]byte, e.weight) // with the head, as AddCleanup needs a byte
 	if _, err := body.file.ReadAt(text, 0); err != nil {
 		return
 	}
@@ -405,7 +408,7 @@ func (t *transaction) claim() (d *download, mine bool) {
 }
 
 // wait waits until it is known what the download of another request brings, and
-// reports whether it is worth looking for that. A request does not wait for an
+// reports whether the caller should look again. A request does not wait for an
 // answer that is perhaps for one client alone, and never for longer than joinWait.
 func (t *transaction) wait(d *download) bool {
 	unshared := t.wasNoted(t.unshared)
@@ -484,13 +487,38 @@ func (t *transaction) due() bool {
 	return t.misses[t.name] >= t.uses
 }
 
-// keep begins to store a response, if it may be stored and is worth it, and
-// reports whether it does: then the body is read from the store, and can be
-// read from any place on. d is the caller's claim, if any.
+// keep begins to store a response if it may. If it returns true, the body is read
+// from the store, and can be read from any place on. d is the caller's claim, if any.
 func (t *transaction) keep(d *download, res *Response) bool {
-	if !t.worthStoring(d, res) || d == nil {
+	may, why := storable(t.req, res, t.CacheConfig)
+	if may && res.Length < 0 && t.wasNoted(t.oversized) {
+		may = false
+		why = "too-large"
+	}
+	t.status.Detail = why
+	if d == nil {
 		return false
 	}
+	if may {
+		return t.store(d, res)
+	}
+	if t.isOutdatedBy(res) {
+		t.invalidate(t.name)
+	}
+	return false
+}
+
+// isOutdatedBy reports whether a response that is not stored takes the place of what
+// is: it tells how the resource is now, and not even a plain GET could have stored
+// it.
+func (t *transaction) isOutdatedBy(res *Response) bool {
+	current := t.status.ForwardStatus == 304 || isHeuristic(res.Status) // and not, e.g., a 503
+	mayForOthers, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
+	return t.stored != nil && current && !mayForOthers
+}
+
+// store begins to store a response, and reports whether it does.
+func (t *transaction) store(d *download, res *Response) bool {
 	e := t.newEntry(res)
 	file, err := t.create(t.req.URL, e)
 	if err != nil {
@@ -521,30 +549,6 @@ func (t *transaction) keep(d *download, res *Response) bool {
 		t.status.Detail = "disk-error"
 	}
 	return true
-}
-
-// worthStoring reports whether a response may be stored, and says in the status
-// why if not. If not even a plain GET could have stored it, what is stored is out
-// of date, and is removed.
-func (t *transaction) worthStoring(d *download, res *Response) bool {
-	may, why := storable(t.req, res, t.CacheConfig)
-	if may && res.Length < 0 && t.wasNoted(t.oversized) {
-		t.status.Detail = "too-large"
-		return false
-	}
-	if may {
-		return true
-	}
-	t.status.Detail = why
-	newer := t.status.ForwardStatus == 304 || isHeuristic(res.Status)
-	if d == nil || t.stored == nil || !newer {
-		return false
-	}
-	mayForOthers, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
-	if !mayForOthers {
-		t.invalidate(t.name)
-	}
-	return false
 }
 
 // newEntry makes an entry of a response.
@@ -579,12 +583,12 @@ func (d *download) commit() bool {
 	c.version.Add(1)
 	c.memory.Delete(d.name)
 	delete(c.unshared, d.name)
-	if d.replaces == 0 { // then it is one more
+	if d.replaces == 0 { // a new entry
 		c.files.Add(1)
 	}
 	size := c.size.Add(d.file.start + d.size - d.replaces)
 	if size > c.limit {
-		c.size.Store(0) // so that only one trims: it counts anew
+		c.size.Store(0) // so that no other commit starts to trim; that counts anew
 		go c.guard(func() { c.trim(false) })
 	}
 	return true
@@ -600,8 +604,8 @@ func (c *Cache) invalidate(name string) {
 	c.root.Load().Remove(name)
 }
 
-// invalidateBy removes what a request has made invalid that may have changed
-// things on the origin (RFC 9111 §4.4).
+// invalidateBy removes what is stored for the URLs that an unsafe request may have
+// changed: its own, and those that the response names (RFC 9111 §4.4).
 func (t *transaction) invalidateBy(res *Response) {
 	here := t.req.URL.Host()
 	for _, reference := range []string{t.req.URL.Path,
@@ -642,9 +646,9 @@ type download struct {
 	body     io.ReadCloser // from the origin, or of the entry that is renewed
 	file     *cacheFile    // shared by all readers: somebody may have removed the name
 
-	// What follows is guarded by the cache's lock. Only run changes size and rest. So
-	// it may read size without the lock, and it sets rest before finish takes that.
-	awaited bool       // another request has waited for it
+	// What follows is guarded by the cache's lock. Only run changes size and rest, so
+	// run reads size without the lock. Readers look at rest when err is set.
+	awaited bool       // another request has come for it
 	entry   *Entry     // what there is to share, once that is known
 	grew    *sync.Cond // there is more, or no more comes
 	size    int64      // bytes of the body that are in the file
@@ -657,7 +661,7 @@ type download struct {
 // the copy goes to Write, which tells the readers. What the file does not take is
 // kept for the first client.
 func (d *download) run() {
-	err := errors.New("a bug ended the download") // unless another takes its place
+	err := errors.New("a bug ended the download") // unless the copying says what did
 	defer func() { d.finish(err) }()
 	if renewed, ok := d.body.(fileBody); ok {
 		err = d.copyFile(renewed)
@@ -701,7 +705,7 @@ func (d *download) announce(n int64) {
 
 // finish ends the download; err tells why the copying stopped early, if it did.
 // If the whole body has come, and what is stored has not been invalidated since
-// it began, finish puts the file in its place, and else removes it. Then it wakes
+// it began, finish puts the file in its place, and otherwise removes it. Then it wakes
 // the readers. If the file took no more, the first client goes on with the body
 // itself.
 func (d *download) finish(err error) {
@@ -711,7 +715,11 @@ func (d *download) finish(err error) {
 	d.cache.Lock()
 	defer d.cache.Unlock()
 	wanted := d.cache.forget(d)
-	if err != nil || !wanted || !d.commit() {
+	stored := false
+	if err == nil && wanted {
+		stored = d.commit()
+	}
+	if !stored {
 		d.file.root.Remove(d.file.name)
 	}
 	if err == errTooLarge {
@@ -735,9 +743,9 @@ func (d *download) leave() {
 	}
 }
 
-// join adds a reader. It is the first if nobody else reads now, as the client that
-// caused the download; that one gets what the file does not take. The caller holds
-// the lock.
+// join adds a reader. One that comes when there is no other, as the client that
+// caused the download does, is the first: it gets what the file does not take. The
+// caller holds the lock.
 func (d *download) join() *follower {
 	d.users++
 	return &follower{download: d, first: d.users == 2}
@@ -753,7 +761,7 @@ type follower struct {
 
 func (f *follower) flushBeforeWait(to flusher) { f.to = to }
 
-// Seek lets the next Read begin at off.
+// Seek lets the next Read begin at off, counted from the start.
 func (f *follower) Seek(off int64, _ int) (int64, error) {
 	f.off = off
 	return off, nil
@@ -870,7 +878,7 @@ type CacheStatus struct {
 // String returns the value of the field Cache-Status.
 func (s CacheStatus) String() string {
 	if s.Outcome.isHit() && !s.Collapsed {
-		return "proxy; hit; ttl=" + strconv.Itoa(int(s.TTL/time.Second))
+		return "proxy; hit; ttl=" + strconv.FormatInt(int64(s.TTL/time.Second), 10)
 	}
 	text := "proxy; fwd=" + string(s.Forward)
 	if s.ForwardStatus != 0 {
@@ -1397,6 +1405,7 @@ func (c *Cache) openRoot() error {
 	root, err := os.OpenRoot(c.dir)
 	if err == nil {
 		c.root.Store(root)
+		go c.guard(func() { c.trim(false) }) // counts what is there
 	}
 	return err
 }

@@ -84,10 +84,10 @@ func run(config config) error {
 	if err != nil {
 		return err
 	}
-	signal.Ignore(syscall.SIGPIPE) // a reader of the log that goes away ends nothing
+	signal.Ignore(syscall.SIGPIPE) // the proxy goes on if whoever reads the log goes away
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
-	if !signal.Ignored(syscall.SIGHUP) {
+	if !signal.Ignored(syscall.SIGHUP) { // as it is under nohup
 		signal.Notify(stop, syscall.SIGHUP)
 	}
 	go func() {
@@ -105,15 +105,15 @@ func run(config config) error {
 		time.Sleep(10 * time.Millisecond)
 	}
 	p.journal.flush()
-	p.journal.Lock() // exchanges that are still running may count meanwhile
+	p.journal.Lock() // for summary, as exchanges may still be counting
 	defer p.journal.Unlock()
 	log.Print(p.journal.summary())
 	return nil
 }
 
 // A proxy is the parts of the program, wired together. What the parts have to
-// know of each other is handed to them here: the cache has no log, and the pool
-// of origins no flags.
+// know of each other is handed to them by newProxy: the cache has no log, and the
+// pool of origins no flags.
 type proxy struct {
 	config
 	cache   *Cache
@@ -125,8 +125,9 @@ type proxy struct {
 
 // newProxy makes a proxy for the address that it listens on; the access log goes
 // to logTo. A proxy that others can reach keeps nothing from inner addresses:
-// no responses that it could serve to them, and no idle connections. So each
-// request dials anew, and mayDial permits that to clients on this machine only.
+// no responses that it could serve to them, and no idle connections. So every
+// request for such an address has to dial, and mayDial lets only clients on this
+// machine do that.
 func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) {
 	local := address.(*net.TCPAddr).IP.IsLoopback()
 	config.caching.shareInner = local
@@ -142,8 +143,8 @@ func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) 
 	}, err
 }
 
-// guard runs work. If that panics, which is a bug, it logs the bug and goes on:
-// whoever waits for the work sees it broken off.
+// guard runs work. A panic in it is a bug: it is logged, the work ends there, and
+// the program goes on.
 func guard(work func()) {
 	defer func() {
 		if bug := recover(); bug != nil {
@@ -155,16 +156,14 @@ func guard(work func()) {
 
 // serve accepts connections until the listener is closed. Ten times a second it
 // writes the log out, closes connections that have been idle for too long, and
-// looks whether another directory has taken the place of the cache's.
+// looks whether another directory has taken the place of the cache's. The log has
+// a goroutine of its own, as writing it takes as long as its reader likes.
 func (p *proxy) serve(listener net.Listener) {
-	go guard(func() {
-		for ; ; time.Sleep(100 * time.Millisecond) {
-			p.journal.flush()
-			p.origins.closeIdle()
-			p.cache.reopen()
-		}
+	go repeat(p.journal.flush)
+	go repeat(func() {
+		p.origins.closeIdle()
+		p.cache.reopen()
 	})
-	go guard(func() { p.cache.trim(false) })
 	for !p.closing.Load() {
 		nc, err := listener.Accept()
 		if err == nil {
@@ -176,15 +175,23 @@ func (p *proxy) serve(listener net.Listener) {
 	}
 }
 
+// repeat does some work ten times a second, for as long as the program runs.
+func repeat(work func()) {
+	for {
+		guard(work)
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
 // serveClient answers the requests of one connection, one after another. A
 // client may send several before it reads the first response: they are
-// answered in their order.
+// answered in order.
 func (p *proxy) serveClient(c *conn) {
 	defer c.Close()
 	for keep := true; keep && !p.closing.Load(); {
 		req, err := readRequest(c)
 		if err != nil && !isStatusError(err) {
-			return // e.g., the client has closed it
+			return // there is no request, e.g., as the client has closed the connection
 		}
 		x := &exchange{proxy: p, client: c, req: req, start: p.cache.now(), before: c.bytesSent()}
 		keep = x.serve(err)
@@ -192,8 +199,8 @@ func (p *proxy) serveClient(c *conn) {
 	c.drain()
 }
 
-// An exchange is one request and what becomes of it. It lives as long as the
-// request is answered, on the goroutine of its connection. Only an upload, one
+// An exchange is one request and what becomes of it. It lives until the request has
+// been answered, on the goroutine of its connection. Only an upload, one
 // direction of a tunnel, and a response on its way into the cache have goroutines
 // of their own.
 type exchange struct {
@@ -201,20 +208,20 @@ type exchange struct {
 	client  *conn
 	req     *Request
 	start   time.Time
-	before  int64 // bytes that the client had been sent
+	before  int64 // bytes that had been sent on the connection by then
 	status  CacheStatus
-	origin  netip.Addr // that was asked, if any
+	origin  netip.Addr // where the response has come from, if an origin was asked
 	res     *Response
 	aborted bool // the client did not get all of it
 }
 
-// serve answers the request, unless it is malformed, and reports whether another
-// may follow on the connection.
-func (x *exchange) serve(malformed error) (keep bool) {
+// serve answers the request, with an error page if readRequest has refused it, and
+// reports whether another may follow on the connection.
+func (x *exchange) serve(refused error) (keep bool) {
 	x.active.Add(1)
 	defer x.active.Add(-1)
 	x.status.Outcome = none
-	err := malformed
+	err := refused
 	if err == nil {
 		x.res, err = x.answer()
 	}
@@ -223,10 +230,10 @@ func (x *exchange) serve(malformed error) (keep bool) {
 	}
 	defer x.log()
 	if x.status.Outcome == tunnelled {
-		return false // both sides have ended, and there is nothing to send
+		return false // both sides have ended; res is for the log only
 	}
 	defer x.res.Body.Close()
-	keep = malformed == nil && keepsAlive(x.req.Proto, x.req.Header) &&
+	keep = refused == nil && keepsAlive(x.req.Proto, x.req.Header) &&
 		x.req.Body.consumed() && !x.closing.Load()
 	keep, err = x.send(x.res, keep)
 	x.aborted = err != nil
@@ -323,7 +330,7 @@ func (x *exchange) send(res *Response, keep bool) (bool, error) {
 // tunnel joins the client with the host that it names, until both have ended.
 // What goes through it is not looked at; most of it is HTTPS.
 func (x *exchange) tunnel() (*Response, error) {
-	x.status.Outcome = miss // as Squid logs a tunnel that fails
+	x.status.Outcome = miss // until it stands: Squid logs a tunnel that fails so
 	origin, err := dial(x.req.URL.Authority, x.mayDial)
 	if err != nil {
 		return nil, err
@@ -358,7 +365,8 @@ func (x *exchange) page(status int, kind, text string) *Response {
 		Length: int64(len(text)), Body: io.NopCloser(strings.NewReader(text))}
 }
 
-// errorPage tells a client why it gets nothing else.
+// errorPage tells a client why it gets nothing else. What is refused is logged as
+// denied.
 func (x *exchange) errorPage(err error) *Response {
 	var told *statusError
 	if !errors.As(err, &told) {
@@ -376,8 +384,8 @@ func (x *exchange) errorPage(err error) *Response {
 }
 
 // originError says what is wrong with an origin: 504 if it took too long, and
-// else 502. A direct request may have meant a file instead, so a host that does
-// not exist is not found.
+// else 502. For a direct request a host that does not exist is a 404, as it may have
+// meant a file.
 func (x *exchange) originError(err error) *statusError {
 	host := x.req.URL.Authority
 	var lookup *net.DNSError
@@ -393,11 +401,11 @@ func (x *exchange) originError(err error) *statusError {
 	return &statusError{502, fmt.Sprintf("%s: %v", host, err)}
 }
 
-// admit decides whether this client may make this request. A browser fetches
-// /proxy.pac before it asks for a password.
+// admit decides whether this client may make this request. /proxy.pac needs no
+// password: a browser fetches it before it can ask the user for one.
 func (x *exchange) admit() error {
 	ip := x.client.from()
-	allowed := ip.IsPrivate() || ip.IsLinkLocalUnicast() // RFC 1918, RFC 4193
+	allowed := ip.IsPrivate() || ip.IsLinkLocalUnicast() // unless -allow tells
 	if x.allow.given {
 		allowed = x.allow.hasAddress(ip)
 	}
@@ -405,11 +413,11 @@ func (x *exchange) admit() error {
 	if x.req.Direct {
 		field, refusal = "Authorization", 401
 	}
-	expect := cmp.Or(x.req.Get("Expect"), "100-continue") // to expect nothing is as good
+	expect := cmp.Or(x.req.Get("Expect"), "100-continue") // no such field is fine, too
 	switch {
 	case x.deny.hasAddress(ip), !allowed && !ip.IsLoopback():
 		return errorf(403, "clients at %s may not use this proxy", ip)
-	case x.req.Target != "/proxy.pac" && !x.isPassword(x.req.Get(field)):
+	case x.req.ownPath() != "/proxy.pac" && !x.isPassword(x.req.Get(field)):
 		return errorf(refusal, "this proxy needs a user name and a password")
 	case x.origins.hasSent(x.req):
 		return errorf(508, "this request has been here before")
@@ -430,8 +438,8 @@ func (c *config) isPassword(credentials string) bool {
 	return c.auth == "" || right && equalFold(scheme, "Basic")
 }
 
-// mayName refuses a blocked host before anything is looked up. A direct
-// request names none yet.
+// mayName refuses a blocked host, and an address that mayDial refuses, before
+// anything is looked up. A direct request names none yet.
 func (x *exchange) mayName(u URL) error {
 	host, _, _ := net.SplitHostPort(u.Authority)
 	if ip, err := netip.ParseAddr(host); err == nil {
@@ -473,7 +481,7 @@ func (x *exchange) answerAsServer() (*Response, error) {
 		return nil, errorf(403, "Host is not a name of this proxy: %q", x.req.Host)
 	}
 
-	name, _, _ := strings.Cut(x.req.Target, "?")
+	name := x.req.ownPath()
 	get := x.req.Method == "GET" || x.req.Method == "HEAD"
 	switch {
 	case name == "*":
@@ -500,8 +508,9 @@ const pac = `function FindProxyForURL(url, host) {
 }
 `
 
-// fetchByPath answers /www.example.com/a/b with that page, as in the Kurose-Ross
-// lab. The cookies and passwords that a browser has for us are not for that host.
+// fetchByPath answers /www.example.com/a/b with that page, as in the web proxy lab
+// of Kurose and Ross, "Computer Networking". The cookies and passwords that a browser
+// has for us are not for that host.
 func (x *exchange) fetchByPath() (*Response, error) {
 	req := *x.req
 	var err error
@@ -521,8 +530,8 @@ func (x *exchange) fetchByPath() (*Response, error) {
 var escapes = regexp.MustCompile("%[0-9A-Fa-f]{2}")
 
 // localFile answers with a file from -files, to this machine only: a regular
-// one that everybody on it may read, and nothing hidden. It returns nil if
-// there is none.
+// file, not hidden, that every user of the machine may read. It returns nil if there
+// is none.
 func (x *exchange) localFile(escaped string) *Response {
 	name := escapes.ReplaceAllStringFunc(escaped, func(s string) string {
 		b, _ := hex.DecodeString(s[1:])
@@ -601,11 +610,12 @@ func parseFlags(args []string) (config, error) {
 		fmt.Println("proxy", info.Main.Version, info.GoVersion)
 		os.Exit(0)
 	}
-	return c, c.complete(*files)
+	err = c.complete(*files)
+	return c, err
 }
 
-// complete checks the command line as a whole. A bare port is one of this
-// machine only.
+// complete fills in the address, checks the command line as a whole, and opens
+// the directory of -files. A bare port is one of this machine only.
 func (c *config) complete(files string) error {
 	if strings.Trim(c.address, "0123456789") == "" {
 		c.address = "127.0.0.1:" + cmp.Or(c.address, "8899")
@@ -650,8 +660,8 @@ func (c *config) setTTL(s string) (err error) {
 	return nil
 }
 
-// setAuth reads -auth. An empty password looks like none at all, and two lines in
-// a file look like two users, so both are refused.
+// setAuth reads -auth. An empty password looks like none at all, and several lines
+// in a file look like several users, so both are refused.
 func (c *config) setAuth(s string) error {
 	text, err := textOf(s)
 	if err != nil {
@@ -704,8 +714,8 @@ func (l *hostList) read(s string) error {
 	return nil
 }
 
-// add adds an entry. Requests are compared with it in their one spelling, so
-// IPv4 addresses are unmapped, and names are in lower case.
+// add adds an entry, in the spelling in which requests are compared with it: IPv4
+// addresses are unmapped, and names are in lower case.
 func (l *hostList) add(entry string) error {
 	if ip, err := netip.ParseAddr(strings.Trim(entry, "[]")); err == nil {
 		ip = ip.Unmap().WithZone("")
@@ -732,7 +742,7 @@ func (l *hostList) hasAddress(ip netip.Addr) bool {
 	return slices.ContainsFunc(l.networks, func(n netip.Prefix) bool { return n.Contains(ip) })
 }
 
-// hasHost reports whether the list has a name, or one that this is below.
+// hasHost reports whether the list has the name of a host, or a domain above it.
 func (l *hostList) hasHost(host string) bool {
 	for name := strings.TrimRight(host, "."); name != ""; _, name, _ = strings.Cut(name, ".") {
 		if l.names[name] {
@@ -748,9 +758,11 @@ type journal struct {
 	begun time.Time
 	to    io.Writer
 
+	writing sync.Mutex // is held by flush
+
 	sync.Mutex          // guards the rest
 	out        []byte   // lines that are not written yet
-	latest     []string // the last maxRecords lines, without queries, and cut to maxShown
+	latest     []string // the last maxRecords lines, up to the URL, cut at maxShown or its query
 	requests   int
 	hits       int
 	tunnels    int
@@ -759,8 +771,7 @@ type journal struct {
 	saved      int64 // those of hits
 }
 
-// log writes a line in Squid's native format, and counts. Views of the status
-// page itself are not counted.
+// log makes a line in Squid's native format.
 func (x *exchange) log() {
 	now := x.cache.now()
 	sent := x.client.bytesSent() - x.before
@@ -779,7 +790,7 @@ func (x *exchange) log() {
 	// Piece by piece: Appendf would take 2 % of a hit more.
 	line := make([]byte, 0, 512)
 	line = strconv.AppendInt(line, now.UnixMilli(), 10)
-	line = slices.Insert(line, len(line)-3, '.')
+	line = slices.Insert(line, len(line)-3, '.')          // seconds.milliseconds
 	line = append(line, "       "[min(len(took), 6):]...) // to the right in a column of six
 	line = append(line, took+" "...)
 	line = x.client.from().AppendTo(line)
@@ -788,8 +799,8 @@ func (x *exchange) log() {
 	line = append(line, ' ')
 	line = strconv.AppendInt(line, sent, 10)
 	line = append(line, " "+printable(x.req.Method)+" "...)
-	path, _, _ := strings.Cut(url, "?")
-	shown := string(append(line, path[:min(len(path), maxShown)]...))
+	plain, _, _ := strings.Cut(url, "?")
+	shown := string(line) + plain[:min(len(plain), maxShown)]
 	line = append(line, url...)
 	line = append(line, " - "+asked+" "+printable(kind)+"\n"...)
 	x.record(line, shown, sent)
@@ -801,9 +812,11 @@ func (x *exchange) record(line []byte, shown string, sent int64) {
 	j := &x.journal
 	j.Lock()
 	defer j.Unlock()
-	j.out = append(j.out, line...)
-	if x.req.Direct && x.req.Target == "/" {
-		return // The page does not count itself.
+	if len(j.out) < maxUnwritten {
+		j.out = append(j.out, line...)
+	}
+	if x.req.ownPath() == "/" {
+		return // the status page does not count itself
 	}
 	j.requests++
 	j.sent += sent
@@ -838,14 +851,18 @@ func printable(s string) string {
 }
 
 // flush writes the log out. Lines that can't be written, as on a full disk, are
-// lost.
+// lost. While a reader takes none, as a terminal that is paused, exchanges go on, and
+// lines beyond maxUnwritten are lost.
 func (j *journal) flush() {
+	j.writing.Lock()
+	defer j.writing.Unlock()
 	j.Lock()
-	defer j.Unlock()
-	if len(j.out) > 0 {
-		j.to.Write(j.out)
+	lines := j.out
+	j.out = nil
+	j.Unlock()
+	if len(lines) > 0 {
+		j.to.Write(lines)
 	}
-	j.out = j.out[:0]
 }
 
 // summary tells what has been counted. The caller holds the lock.
@@ -856,7 +873,7 @@ func (j *journal) summary() string {
 		j.requests, share, j.tunnels, j.errors, mebibytes(j.sent), mebibytes(j.saved))
 }
 
-// mebibytes is for people: a number of bytes in MiB.
+// mebibytes converts bytes to MiB.
 func mebibytes(n int64) float64 { return float64(n) / (1 << 20) }
 
 // statusHTML is the page: no script, nothing from elsewhere, and colours
@@ -885,7 +902,7 @@ func (j *journal) statusPage(c *Cache) string {
 	j.Lock()
 	defer j.Unlock()
 	for i, line := range slices.Backward(j.latest) {
-		f := strings.Fields(html.EscapeString(line)) // no URL can become markup
+		f := strings.Fields(html.EscapeString(line)) // the columns of log; no URL becomes markup
 		took, client, outcome, sent, method, url := f[1], f[2], f[3], f[4], f[5], f[6]
 		outcomes[outcome]++
 		host, isURL := strings.CutPrefix(url, "http://")
@@ -919,8 +936,9 @@ func ranking(counts map[string]int) (rows string) {
 
 // Counts, sizes and waits.
 const (
-	maxRecords = 1000             // requests that the status page knows of, and
-	maxRows    = 30               // that it lists
-	maxShown   = 300              // bytes of a URL there
-	stopWait   = 10 * time.Second // for exchanges under way when the program is to stop
+	maxUnwritten = 4 << 20          // bytes of the log that wait for its reader
+	maxRecords   = 1000             // requests in whose hosts and outcomes the status page counts
+	maxRows      = 30               // requests that it lists
+	maxShown     = 300              // bytes of a URL there
+	stopWait     = 10 * time.Second // for exchanges under way when the program is to stop
 )

@@ -1983,6 +1983,7 @@ func TestCacheReplacedDirectory(t *testing.T) {
 	p.move(2 * time.Second) // which memory does not answer for
 	eq(t, "its file has gone", p.get("/"), `200 "text", miss`)
 	eq(t, "the new one is used", len(files(p.dir)), 1)
+	eventually(t, "it is counted", func() bool { n, _ := p.cache.usage(); return n == 1 })
 }
 
 // What is of others in the directory does not count, however large or new it is.
@@ -2404,7 +2405,8 @@ func TestProgramAdmits(t *testing.T) {
 	admits("mapped ones", "-block ::ffff:192.0.2.0/120", "::1",
 		"192.0.3.1", "192.0.2.1 ::ffff:192.0.2.1")
 	admits("unspecified ones lead to this machine", "-block ::1", "::1", "127.0.0.1", "::1 0.0.0.0 ::")
-	const inner = "127.0.0.1 127.9.9.9 ::1 0.0.0.0 :: 169.254.169.254 fe80::1 fd00:ec2::254"
+	const inner = "127.0.0.1 127.9.9.9 ::1 0.0.0.0 :: 169.254.169.254 fe80::1 fd00:ec2::254 " +
+		"100.100.100.200 168.63.129.16"
 	const others = " 10.0.0.1 198.51.100.1 fd00::1 2001:db8::1"
 	admits("this machine", "", "127.0.0.1", inner+others, "")
 	admits("this machine by IPv6", "", "::1", inner+others, "")
@@ -2486,6 +2488,36 @@ func TestProgramSurvivesBugs(t *testing.T) {
 	eq(t, "the client sees", p.say("GET URL/"), "")
 	eventually(t, "it is told", func() bool { return strings.Contains(stderr.String(), "serveClient") })
 	match(t, "stderr", stderr.String(), `[^\n]*a bug, .*: bad luck\ngoroutine .*`)
+}
+
+// A pausedWriter takes nothing until it is closed.
+type pausedWriter chan bool
+
+func (w pausedWriter) Write(p []byte) (int, error) {
+	<-w
+	return len(p), nil
+}
+
+// A terminal that is paused, or a full pipe, holds up nobody, and takes no memory.
+func TestProgramPausedLog(t *testing.T) {
+	p, _ := start(t)
+	paused := make(pausedWriter)
+	p.journal.writing.Lock()
+	p.journal.to = paused
+	p.journal.writing.Unlock()
+	path := strings.Repeat("x", 60_000)
+	for range maxUnwritten/60_000 + 20 {
+		eq(t, "an answer", p.ask("GET http://127.0.0.1:1/"+path).status, 502)
+	}
+	p.journal.Lock()
+	eq(t, "what waits is bounded", len(p.journal.out) < maxUnwritten+100_000, true)
+	p.journal.Unlock()
+	close(paused)
+	eventually(t, "it goes on", func() bool {
+		p.journal.Lock()
+		defer p.journal.Unlock()
+		return len(p.journal.out) == 0
+	})
 }
 
 // A line of the log, as HOST's. What a client or an origin sends can't make another field or line.
@@ -2570,7 +2602,8 @@ func TestProgramAuth(t *testing.T) {
 		rule{"a server asks, this machine too (RFC 9110 §11.6.1)", "401 .*",
 			"GET /; GET / | " + wrong + "; GET / | Proxy-" + right + "; GET /file; GET /HOST/"},
 		rule{"it is told", "200.*", "GET / | " + right + "; GET /HOST/a | " + right},
-		rule{"proxy.pac is for browsers that do not know yet", "200 .*", "GET /proxy.pac"})
+		rule{"proxy.pac is for browsers that do not know yet", "200 .*",
+			"GET /proxy.pac; GET /proxy.pac?v=2"})
 	eq(t, "another machine", p.from("10.1.2.3").ask("GET / | "+right).status, 200)
 	asProxy, asServer := p.ask("GET http://a.example/"), p.ask("GET /")
 	challenges := asProxy.Get("Proxy-Authenticate") + ", " + asServer.Get("WWW-Authenticate")

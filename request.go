@@ -50,14 +50,14 @@ type Request struct {
 // A Response is an answer, wherever it comes from: an origin, the cache, or a
 // page of our own. What a client gets is built from it by writeResponse.
 type Response struct {
-	Proto  string // empty if it was made here
+	Proto  string // empty if it is a page of our own
 	Status int
 	Reason string
 	Header
 	Length int64 // bytes of the body (for HEAD: of the one it would have), -1 if unknown
 	Body   io.ReadCloser
 	Ready  bool       // the whole body is here, and reading it does not wait
-	Origin netip.Addr // where it came from, if it has just come
+	Origin netip.Addr // where it has just come from, unless it is from the store
 }
 
 // A URL is the part of an http URL that leads to a resource. It has neither
@@ -75,7 +75,8 @@ type statusError struct {
 }
 
 // errSilent says that a connection was closed before the first byte of a
-// message, as an idle one may be at any time. A client is not told.
+// message, as an idle one may be at any time. If that was a client's, there is
+// nothing to answer.
 var errSilent = errors.New("closed the connection without an answer")
 
 // readRequest reads the head of the next request and determines where its body
@@ -100,12 +101,22 @@ func readRequest(c *conn) (*Request, error) {
 	if err != nil {
 		return req, err
 	}
-	if req.Method == "CONNECT" { // what follows is for the other side of the tunnel
+	if req.Method == "CONNECT" { // all that follows belongs to the tunnel
 		length = -1
 		chunked = false
 	}
 	req.Body = newBody(c, length, chunked)
-	return req, req.Body.checkFirstChunk()
+	return req, req.Body.readFirstChunk()
+}
+
+// ownPath returns the path of a request to the proxy itself, without its query, and
+// is empty for all others.
+func (req *Request) ownPath() string {
+	if !req.Direct {
+		return ""
+	}
+	path, _, _ := strings.Cut(req.Target, "?")
+	return path
 }
 
 // hasBody reports whether a body follows the head.
@@ -138,7 +149,7 @@ func readResponse(c *conn, method string) (*Response, error) {
 // byte on the head has to be whole within headWait, however its bytes trickle
 // in: until then progress does not move the deadline.
 func (c *conn) readHead(response bool, parseLine func(string) error) (Header, error) {
-	c.beforeWait = nil // the body before this has gone where it had to
+	c.beforeWait = nil // no body is being copied any more
 	if _, err := c.in.Peek(1); os.IsTimeout(err) {
 		return nil, err
 	} else if err != nil {
@@ -184,9 +195,9 @@ type body struct {
 	c       *conn
 	length  int64       // bytes, -1 if only the end will tell: of the chunks or of the connection
 	chunked bool        // it comes in chunks
-	left    int64       // bytes to come: of the body or, where it is chunked, of the chunk
+	left    int64       // bytes to come: of the body (maxLength if unknown) or of the chunk
 	lines   lineReader  // reads what stands between chunks
-	begun   bool        // the first chunk has been read
+	begun   bool        // there was a chunk: a CR LF follows its data
 	whole   atomic.Bool // it has ended as promised; nothing is touched after that
 	release func()      // ends the use of the connection to an origin; nil for a client's
 }
@@ -214,7 +225,8 @@ func (b *body) Read(p []byte) (int, error) {
 	}
 	n, err := b.c.in.Read(p[:min(int64(len(p)), b.left)])
 	b.left -= int64(n)
-	if !b.chunked && (b.left == 0 || b.length < 0 && err == io.EOF) {
+	untilClose := b.length < 0 && !b.chunked
+	if !b.chunked && b.left == 0 || untilClose && err == io.EOF {
 		b.whole.Store(true)
 		return n, io.EOF
 	}
@@ -248,8 +260,8 @@ func (b *body) nextChunk() error {
 	return b.brokenBy(b.lines.err)
 }
 
-// brokenBy returns the error of a body that ends too early by err. Its status is
-// for a client whose request it was.
+// brokenBy returns the error of a body that err has cut short. Its status counts
+// only if the body is that of a request.
 func (b *body) brokenBy(err error) error {
 	switch {
 	case err == nil || isStatusError(err):
@@ -260,9 +272,9 @@ func (b *body) brokenBy(err error) error {
 	return badRequest("the body breaks off")
 }
 
-// checkFirstChunk refuses a chunked body whose first chunk is malformed and
-// already here, so that nothing of such a request is sent on.
-func (b *body) checkFirstChunk() error {
+// readFirstChunk reads the size of the first chunk if it is already here. So a
+// malformed one is refused before anything of the request is sent on.
+func (b *body) readFirstChunk() error {
 	buffered, _ := b.c.in.Peek(b.c.in.Buffered())
 	if !b.chunked || !bytes.Contains(buffered, []byte("\n")) {
 		return nil
@@ -274,8 +286,8 @@ func (b *body) checkFirstChunk() error {
 	return err
 }
 
-// Close ends the use of an origin's response. It may be called while another
-// goroutine reads from the body.
+// Close ends the use of an origin's response; nobody closes the body of a request.
+// It may be called while another goroutine reads from the body.
 func (b *body) Close() error {
 	b.release()
 	return nil
@@ -361,8 +373,8 @@ func writeBody(c *conn, from io.Reader, length int64, chunks bool) (err error) {
 }
 
 // copyBody copies a body of length bytes, or of unknown length (-1). CopyN takes
-// a buffer no larger than the body, where Copy takes one of 32 KiB, but it would
-// hide the WriteTo of a body in memory.
+// a buffer no larger than the body, where Copy takes one of 32 KiB. But CopyN would
+// hide the WriteTo of a body in memory, so that is for Copy.
 func copyBody(to io.Writer, from io.Reader, length int64) (err error) {
 	if _, writesItself := from.(io.WriterTo); writesItself || length < 0 {
 		_, err = io.Copy(to, from)
@@ -441,7 +453,7 @@ func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
 		if idle := p.take(req.URL.Authority); idle != nil {
 			if res, err := p.ask(idle, req, interim); err != errSilent {
 				return res, err
-			}
+			} // else the origin was just closing it
 		}
 	}
 	c, err := dial(req.URL.Authority, permit)
@@ -477,7 +489,7 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 			return nil, unsent // the client's fault
 		}
 		if isStatusError(err) {
-			err = errors.New(err.Error()) // not the client's
+			err = errors.New(err.Error()) // no statusError: it is not the client's fault
 		}
 		return nil, err
 	}
@@ -497,7 +509,7 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 
 // mayKeep reports whether a connection may be kept after a response that ends
 // well. An origin that authenticates a connection does so for one user (RFC 4559).
-// A response with two lengths may have meant either.
+// With Content-Length beside Transfer-Encoding the end of a response is in doubt.
 func (p *originPool) mayKeep(req *Request, res *Response) bool {
 	return keepsAlive(res.Proto, res.Header) &&
 		!authenticatesConnection(req.Header, "Authorization") &&
@@ -522,8 +534,8 @@ func readFinalResponse(c *conn, method string, interim func(*Response)) (*Respon
 
 // upload sends the body of a request, while the response may already be coming
 // back. If the body breaks off, the connection is closed: a part must not be
-// taken for the whole. If the origin stops reading, its response may still be on
-// the way.
+// taken for the whole. If the origin stops reading, the connection stays open, as the
+// response may still be on the way.
 func upload(to *conn, from *body) error {
 	err := writeBody(to, from, from.length, from.chunked)
 	if isStatusError(err) {
@@ -536,7 +548,7 @@ func upload(to *conn, from *body) error {
 func (p *originPool) take(authority string) *conn {
 	p.Lock()
 	defer p.Unlock()
-	for i, idle := range slices.Backward(p.idle) {
+	for i, idle := range slices.Backward(p.idle) { // what is deleted has been seen by then
 		if idle.authority == authority {
 			p.idle = slices.Delete(p.idle, i, i+1)
 			if alive(idle.conn, syscall.Read) {
@@ -652,8 +664,8 @@ func (c *conn) bytesSent() int64 { return c.sent }
 
 func (c *conn) tcp() *net.TCPConn { return c.Conn.(*net.TCPConn) }
 
-// progress moves the deadline of reads and writes, which are due within limit
-// from now on. It does so only once in a sixteenth of that, as it costs 0.3 µs.
+// progress gives reads and writes limit from now on. As moving a deadline costs
+// 0.3 µs, it is moved at most once in a sixteenth of that, and by so much more.
 func (c *conn) progress() {
 	now := time.Now()
 	if now.UnixNano() >= c.nextMove.Load() {
@@ -767,7 +779,7 @@ func (r *lineReader) next() string {
 	isControl := func(b byte) bool { return b < ' ' && b != '\t' || b == 0x7f }
 	switch {
 	case r.room < 0:
-		r.err = errorf(r.tooLong, "more than %d bytes in front of the body", maxHead)
+		r.err = errorf(r.tooLong, "more than %d bytes of lines", maxHead)
 	case !isLine:
 		r.err = err
 	case r.crlf && !isCRLF:
@@ -862,7 +874,7 @@ func (req *Request) parseTarget() (err error) {
 // parseURL takes apart a URL without its scheme. The fragment is not for us
 // (RFC 9110 §7.1), and a password in front of the host is not sent anywhere:
 // wget, Java and others send both. A backslash ends the host for some programs
-// and not for others.
+// and not for others, so it is refused.
 func parseURL(rest string) (URL, error) {
 	rest, _, _ = strings.Cut(rest, "#")
 	end := strings.IndexAny(rest+"/", "/?")
@@ -939,9 +951,9 @@ func findFraming(proto string, h Header, response bool) (int64, bool, error) {
 	case len(codings) > 0 && len(lengths) > 0 && !response: // smuggling (§11.2)
 		return 0, false, badRequest("both Transfer-Encoding and Content-Length")
 	case equalFold(coding, "chunked") && proto != "HTTP/1.0":
-		return -1, true, nil // in a response also beside a length
+		return -1, true, nil // in a response it wins over a length
 	case response && isToken(coding) && !knownCoding.MatchString(coding):
-		return -1, false, nil // passed on as it is
+		return -1, false, nil // an unknown coding is passed on as it is
 	case len(codings) > 0:
 		return 0, false, errorf(501, "the transfer coding %+.200q in %s is not supported", coding, proto)
 	case len(lengths) == 0 && response:
@@ -958,7 +970,7 @@ func findFraming(proto string, h Header, response bool) (int64, bool, error) {
 	return int64(length), false, nil
 }
 
-// Transfer codings that change a body in a known way, and what looks like them.
+// Transfer codings that we would have to undo, and misspellings of them.
 var knownCoding = regexp.MustCompile("(?i)chunk|gzip|deflate|compress|identity")
 
 // bodiless reports whether responses with a status never have a body
@@ -981,17 +993,23 @@ func authenticatesConnection(h Header, name string) bool {
 
 var connectionScheme = regexp.MustCompile(`(?i)^(NTLM|Negotiate)(\s|$)`)
 
-// isInner reports whether an address leads to this machine itself, or to what
-// only its own link reaches, such as 169.254.169.254: there cloud providers
-// answer with a machine's credentials.
+// isInner reports whether an address is one of those that mean this machine
+// whichever it is, or leads to what only its own link reaches, such as
+// 169.254.169.254: there cloud providers answer with a machine's credentials.
 func isInner(ip netip.Addr) bool {
 	return ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() ||
 		slices.Contains(metadataAddresses, ip)
 }
 
-// Metadata services of two cloud providers that are not link-local.
+// Metadata services that are not link-local: those of AWS, Google, Alibaba, Oracle and
+// Azure.
 var metadataAddresses = []netip.Addr{
-	netip.MustParseAddr("fd00:ec2::254"), netip.MustParseAddr("fd20:ce::254")}
+	netip.MustParseAddr("fd00:ec2::254"),
+	netip.MustParseAddr("fd20:ce::254"),
+	netip.MustParseAddr("100.100.100.200"),
+	netip.MustParseAddr("192.0.0.192"),
+	netip.MustParseAddr("168.63.129.16"),
+}
 
 // Host returns the authority as the Host field has it: without port 80.
 func (u URL) Host() string { return strings.TrimSuffix(u.Authority, ":80") }
@@ -1086,7 +1104,7 @@ var hopByHop = []string{"Connection", "Content-Length", "Keep-Alive", "Proxy-Aut
 // them; a message that names them there is an attack.
 var alwaysEndToEnd = []string{"Host", "Via", "Max-Forwards", "Cache-Control", "Vary"}
 
-// endToEnd returns the fields that are to be passed on, but for those in without.
+// endToEnd returns the fields that are to be passed on, except those in without.
 func (h Header) endToEnd(without ...string) Header {
 	for _, name := range h.Values("Connection") {
 		if !containsFold(alwaysEndToEnd, name) {
