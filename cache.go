@@ -71,13 +71,13 @@ type CacheConfig struct {
 // A transaction is one request on its way through the cache.
 type transaction struct {
 	*Cache
-	req     *Request
-	ask     func(*Request) (*Response, error) // sends a request to its origin
-	asked   time.Time
-	name    string // of the file of the variant that the request selects
-	stored  *Entry // what it selects, or nil
-	version int64  // Cache.version before that was looked up
-	status  CacheStatus
+	req    *Request
+	ask    func(*Request) (*Response, error) // sends a request to its origin
+	asked  time.Time
+	name   string // of the file of the variant that the request selects
+	stored *Entry // what it selects, or nil
+	seen   int64  // Cache.version before that was looked up
+	status CacheStatus
 }
 
 // roundTrip answers a request from the store if it may. Otherwise it calls ask,
@@ -292,7 +292,7 @@ func (b fileBody) Close() error { return b.file.Close() }
 // that text. So removing the first file makes all of them unreachable.
 func (t *transaction) lookup() (fresh bool, why reason) {
 	t.name = fileName(t.req.URL.Host() + t.req.URL.Path)
-	t.version = t.Cache.version.Load()
+	t.seen = t.version.Load()
 	t.stored = t.find()
 	why = "uri-miss"
 	if t.stored != nil && t.stored.Has("Vary") && !t.stored.selectedBy(t.sent()) {
@@ -385,7 +385,7 @@ func (t *transaction) remember(e *Entry) {
 	t.Lock()
 	defer t.Unlock()
 	// It must not hide a newer one, stored since or on its way.
-	if t.version == t.Cache.version.Load() && t.downloads[t.name] == nil {
+	if t.seen == t.version.Load() && t.downloads[t.name] == nil {
 		t.memory.Store(t.name, &kept)
 	}
 }
@@ -398,7 +398,7 @@ func (t *transaction) claim() (d *download, mine bool) {
 	t.Lock()
 	defer t.Unlock()
 	d = t.downloads[t.name]
-	if d != nil || t.version != t.Cache.version.Load() {
+	if d != nil || t.seen != t.version.Load() {
 		return d, false
 	}
 	d = &download{cache: t.Cache, name: t.name, began: time.Now(),
@@ -559,11 +559,11 @@ func (t *transaction) newEntry(res *Response) *Entry {
 	if isInner(res.Origin) {
 		e.request = append(e.request, Field{"Inner", res.Origin.String()})
 	}
-	generation := rand.Text()
-	if t.stored != nil {
-		generation = cmp.Or(t.stored.request.Get("Generation"), generation)
-	}
 	if e.Has("Vary") {
+		generation := rand.Text()
+		if t.stored != nil {
+			generation = cmp.Or(t.stored.request.Get("Generation"), generation)
+		}
 		e.request = append(e.request, Field{"Generation", generation})
 	}
 	return e

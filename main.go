@@ -126,7 +126,7 @@ type proxy struct {
 // newProxy makes a proxy for the address that it listens on; the access log goes
 // to logTo. A proxy that others can reach keeps nothing from inner addresses:
 // no responses that it could serve to them, and no idle connections. So every
-// request for such an address has to dial, and mayDial lets only clients on this
+// request for such an address has to dial, and checkAddress lets only clients on this
 // machine do that.
 func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) {
 	local := address.(*net.TCPAddr).IP.IsLoopback()
@@ -134,13 +134,16 @@ func newProxy(config config, address net.Addr, logTo io.Writer) (*proxy, error) 
 	config.caching.guard = guard
 	config.caching.warn = func(err error) { log.Print(err) }
 	cache, err := newCache(config.caching)
+	if err != nil {
+		return nil, err
+	}
 	pseudonym := "proxy-" + strings.ToLower(rand.Text()[:6])
 	return &proxy{
 		config:  config,
 		cache:   cache,
 		origins: newOriginPool(pseudonym, local, guard),
 		journal: journal{begun: time.Now(), to: logTo},
-	}, err
+	}, nil
 }
 
 // guard runs work. A panic in it is a bug: it is logged, the work ends there, and
@@ -212,6 +215,7 @@ type exchange struct {
 	status  CacheStatus
 	origin  netip.Addr // where the response has come from, if an origin was asked
 	res     *Response
+	byPath  bool // it asks for /host/path
 	aborted bool // the client did not get all of it
 }
 
@@ -294,7 +298,7 @@ func (x *exchange) fetch(req *Request) (*Response, error) {
 // askOrigin sends a request to its origin. A response without a valid date gets one
 // (RFC 9110 §6.6.1).
 func (x *exchange) askOrigin(req *Request) (*Response, error) {
-	res, err := x.origins.roundTrip(req, x.mayDial, x.passInterim)
+	res, err := x.origins.roundTrip(req, x.checkAddress, x.passInterim)
 	if err != nil {
 		return nil, err
 	}
@@ -319,7 +323,7 @@ func (x *exchange) passInterim(res *Response) {
 // own pages. So it is put into a sandbox, where its scripts can't read those, and
 // it sets no cookies.
 func (x *exchange) send(res *Response, keep bool) (bool, error) {
-	if x.req.Direct && x.req.URL.Authority != "" { // as fetchByPath has set it
+	if x.byPath {
 		const sandbox = "sandbox allow-scripts allow-forms allow-popups allow-downloads"
 		res.Header = append(res.Without("Set-Cookie", "Set-Cookie2", "Clear-Site-Data"),
 			Field{"Content-Security-Policy", sandbox})
@@ -331,7 +335,7 @@ func (x *exchange) send(res *Response, keep bool) (bool, error) {
 // What goes through it is not looked at; most of it is HTTPS.
 func (x *exchange) tunnel() (*Response, error) {
 	x.status.Outcome = miss // until it stands: Squid logs a tunnel that fails so
-	origin, err := dial(x.req.URL.Authority, x.mayDial)
+	origin, err := dial(x.req.URL.Authority, x.checkAddress)
 	if err != nil {
 		return nil, err
 	}
@@ -342,7 +346,7 @@ func (x *exchange) tunnel() (*Response, error) {
 		return nil, errorf(508, "a tunnel to this proxy itself: %s", x.req.URL.Authority)
 	}
 	x.status.Outcome = tunnelled
-	x.origin = origin.from()
+	x.origin = origin.address()
 	x.client.writeHead("HTTP/1.1 200 Connection established")
 	x.client.Flush()
 	join(x.client, origin, guard)
@@ -404,7 +408,7 @@ func (x *exchange) originError(err error) *statusError {
 // admit decides whether this client may make this request. /proxy.pac needs no
 // password: a browser fetches it before it can ask the user for one.
 func (x *exchange) admit() error {
-	ip := x.client.from()
+	ip := x.client.address()
 	allowed := ip.IsPrivate() || ip.IsLinkLocalUnicast() // unless -allow tells
 	if x.allow.given {
 		allowed = x.allow.hasAddress(ip)
@@ -426,24 +430,27 @@ func (x *exchange) admit() error {
 	case x.req.Method == "TRACE":
 		return errorf(405, "TRACE is not supported")
 	}
-	return x.mayName(x.req.URL)
+	return x.checkHost(x.req.URL)
 }
 
 // isPassword reports whether credentials are those of -auth. Without that flag
 // all are good enough.
 func (c *config) isPassword(credentials string) bool {
+	if c.auth == "" {
+		return true
+	}
 	scheme, given, _ := strings.Cut(credentials, " ")
 	given = strings.TrimLeft(given, " ")
 	right := subtle.ConstantTimeCompare([]byte(given), []byte(c.auth)) == 1
-	return c.auth == "" || right && equalFold(scheme, "Basic")
+	return right && equalFold(scheme, "Basic")
 }
 
-// mayName refuses a blocked host, and an address that mayDial refuses, before
+// checkHost refuses a blocked host, and an address that checkAddress refuses, before
 // anything is looked up. A direct request names none yet.
-func (x *exchange) mayName(u URL) error {
+func (x *exchange) checkHost(u URL) error {
 	host, _, _ := net.SplitHostPort(u.Authority)
 	if ip, err := netip.ParseAddr(host); err == nil {
-		return x.mayDial(ip.Unmap())
+		return x.checkAddress(ip.Unmap())
 	}
 	if x.block.hasHost(host) {
 		return errorf(403, "%s is blocked", host)
@@ -451,10 +458,10 @@ func (x *exchange) mayName(u URL) error {
 	return nil
 }
 
-// mayDial refuses addresses that are blocked, and inner ones unless the client
+// checkAddress refuses addresses that are blocked, and inner ones unless the client
 // is on this machine. It is asked again for every address that is dialed,
 // whatever name leads there.
-func (x *exchange) mayDial(ip netip.Addr) error {
+func (x *exchange) checkAddress(ip netip.Addr) error {
 	addresses := []netip.Addr{ip}
 	if ip.IsUnspecified() { // which leads to this machine
 		addresses = append(addresses, netip.IPv6Loopback(), netip.AddrFrom4([4]byte{127, 0, 0, 1}))
@@ -462,7 +469,7 @@ func (x *exchange) mayDial(ip netip.Addr) error {
 	if slices.ContainsFunc(addresses, x.block.hasAddress) {
 		return errorf(403, "%s is blocked", ip)
 	}
-	if isInner(ip) && !x.client.from().IsLoopback() {
+	if isInner(ip) && !x.client.address().IsLoopback() {
 		return errorf(403, "%s is for clients on this machine only", ip)
 	}
 	return nil
@@ -487,7 +494,7 @@ func (x *exchange) answerAsServer() (*Response, error) {
 	case name == "*":
 		return x.page(200, "text/plain", ""), nil
 	case name == "/" && get:
-		if x.auth == "" && !x.client.from().IsLoopback() {
+		if x.auth == "" && !x.client.address().IsLoopback() {
 			return nil, errorf(403, "without -auth this page is for this machine only")
 		}
 		return x.page(200, "text/html; charset=utf-8", x.journal.statusPage(x.cache)), nil
@@ -518,11 +525,12 @@ func (x *exchange) fetchByPath() (*Response, error) {
 	if err != nil {
 		return nil, errorf(404, "there is neither a file nor a host for %s", x.req.Target)
 	}
-	if err := x.mayName(req.URL); err != nil {
+	if err := x.checkHost(req.URL); err != nil {
 		return nil, err
 	}
 	req.Header = req.Without("Authorization", "Cookie")
 	x.req = &req
+	x.byPath = true
 	return x.fetch(&req)
 }
 
@@ -538,7 +546,7 @@ func (x *exchange) localFile(escaped string) *Response {
 		return string(b)
 	})
 	hidden := strings.Contains("/"+name, "/.") || strings.Contains(name, `\`)
-	if x.files == nil || hidden || !x.client.from().IsLoopback() {
+	if x.files == nil || hidden || !x.client.address().IsLoopback() {
 		return nil
 	}
 	info, err := x.files.Stat(name)
@@ -793,7 +801,7 @@ func (x *exchange) log() {
 	line = slices.Insert(line, len(line)-3, '.')          // seconds.milliseconds
 	line = append(line, "       "[min(len(took), 6):]...) // to the right in a column of six
 	line = append(line, took+" "...)
-	line = x.client.from().AppendTo(line)
+	line = x.client.address().AppendTo(line)
 	line = append(line, " "+outcome+"/"...)
 	line = strconv.AppendInt(line, int64(x.res.Status), 10)
 	line = append(line, ' ')

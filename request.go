@@ -131,6 +131,9 @@ func readResponse(c *conn, method string) (*Response, error) {
 		return nil, err
 	}
 	length, chunked, err := findFraming(res.Proto, header, true)
+	if err != nil {
+		return nil, err
+	}
 	if bodiless(res.Status) {
 		length = 0
 	}
@@ -141,7 +144,7 @@ func readResponse(c *conn, method string) (*Response, error) {
 	}
 	res.Ready = length >= 0 && length <= int64(c.in.Buffered())
 	res.Body = newBody(c, length, chunked)
-	return res, err
+	return res, nil
 }
 
 // readHead reads a first line, which parseLine is given, and the fields of a
@@ -368,8 +371,8 @@ func writeBody(c *conn, from io.Reader, length int64, chunks bool) (err error) {
 	if err == nil && chunks {
 		_, err = c.Write([]byte("0\r\n\r\n"))
 	}
-	unsent := c.Flush() // if the body broke off, what there is of it goes out
-	return cmp.Or(err, unsent)
+	flushErr := c.Flush() // if the body broke off, what there is of it goes out
+	return cmp.Or(err, flushErr)
 }
 
 // copyBody copies a body of length bytes, or of unknown length (-1). CopyN takes
@@ -466,8 +469,8 @@ func (p *originPool) roundTrip(req *Request, permit func(netip.Addr) error,
 // ask sends a request on a connection to its origin, and reads the head of
 // the final response. If that fails it closes the connection.
 func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Response, error) {
-	unsent := writeRequest(c, req, p.via(req.Proto))
-	uploads := unsent == nil && !req.Body.consumed()
+	sendErr := writeRequest(c, req, p.via(req.Proto))
+	uploads := sendErr == nil && !req.Body.consumed()
 	var uploaded chan error
 	if uploads {
 		uploaded = make(chan error, 1)
@@ -478,15 +481,15 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 	res, err := readFinalResponse(c, req.Method, interim)
 	if uploads {
 		select {
-		case unsent = <-uploaded:
+		case sendErr = <-uploaded:
 		case <-time.After(uploadWait):
-			unsent = errors.New("the upload goes on")
+			sendErr = errors.New("the upload goes on")
 		}
 	}
 	if err != nil {
 		c.Close()
-		if isStatusError(unsent) {
-			return nil, unsent // the client's fault
+		if isStatusError(sendErr) {
+			return nil, sendErr // the client's fault
 		}
 		if isStatusError(err) {
 			err = errors.New(err.Error()) // no statusError: it is not the client's fault
@@ -494,7 +497,7 @@ func (p *originPool) ask(c *conn, req *Request, interim func(*Response)) (*Respo
 		return nil, err
 	}
 
-	reusable := unsent == nil && p.mayKeep(req, res)
+	reusable := sendErr == nil && p.mayKeep(req, res)
 	answer := res.Body.(*body)
 	answer.release = sync.OnceFunc(func() {
 		// The origin must not have said anything beyond the end of its response.
@@ -580,20 +583,22 @@ func (p *originPool) closeIdle() {
 	}
 }
 
-// alive reports whether an idle connection is open and the origin has said
-// nothing on it: reading its socket has to say that it would block. That
-// costs 0.5 µs. What comes unasked would be taken for the next response. Package
-// syscall has no such call with the same types everywhere, hence the type
-// parameter; Windows can't be asked so.
+// alive reports whether an idle connection is open and the origin has said nothing on
+// it, which would be taken for the next response: reading its socket has to say that
+// it would block. That costs 0.5 µs. Windows has no such read, and takes every
+// connection for alive. Package syscall names a socket by an int or a Handle, hence
+// the type parameter.
 func alive[FD ~int | ~uintptr](c *conn, read func(FD, []byte) (int, error)) bool {
 	raw, err := c.tcp().SyscallConn()
-	if err == nil {
-		raw.Read(func(fd uintptr) bool {
-			_, err = read(FD(fd), make([]byte, 1))
-			return true
-		})
+	if err != nil || runtime.GOOS == "windows" {
+		return err == nil
 	}
-	return err == syscall.EAGAIN || runtime.GOOS == "windows"
+	var readErr error // stays nil if there is something to read, or the end
+	raw.Read(func(fd uintptr) bool {
+		_, readErr = read(FD(fd), make([]byte, 1))
+		return true
+	})
+	return readErr == syscall.EAGAIN
 }
 
 // dial connects to host:port. Names are looked up here, and permit sees the
@@ -656,8 +661,8 @@ func newConn(nc net.Conn) *conn {
 	return c
 }
 
-// from returns the address of the other side.
-func (c *conn) from() netip.Addr { return c.peer }
+// address returns the address of the other side.
+func (c *conn) address() netip.Addr { return c.peer }
 
 // bytesSent returns how much has been sent so far.
 func (c *conn) bytesSent() int64 { return c.sent }
