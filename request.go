@@ -784,7 +784,7 @@ func (r *lineReader) next() string {
 	isControl := func(b byte) bool { return b < ' ' && b != '\t' || b == 0x7f }
 	switch {
 	case r.room < 0:
-		r.err = errorf(r.tooLong, "more than %d bytes of lines", maxHead)
+		r.err = errorf(r.tooLong, "more than %d bytes beside the body", maxHead)
 	case !isLine:
 		r.err = err
 	case r.crlf && !isCRLF:
