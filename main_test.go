@@ -2484,7 +2484,9 @@ func TestProgramSurvivesBugs(t *testing.T) {
 	log.SetOutput(stderr)
 	defer log.SetOutput(os.Stderr)
 	p, _ := start(t)
+	p.cache.trimming.Lock() // the count at the start reads the clock, too
 	p.cache.now = func() time.Time { panic("bad luck") }
+	p.cache.trimming.Unlock()
 	eq(t, "the client sees", p.say("GET URL/"), "")
 	eventually(t, "it is told", func() bool { return strings.Contains(stderr.String(), "serveClient") })
 	match(t, "stderr", stderr.String(), `[^\n]*a bug, .*: bad luck\ngoroutine .*`)
