@@ -513,8 +513,11 @@ func (t *transaction) keep(d *download, res *Response) bool {
 // it.
 func (t *transaction) isOutdatedBy(res *Response) bool {
 	current := t.status.ForwardStatus == 304 || isHeuristic(res.Status) // and not, e.g., a 503
+	if t.stored == nil || !current {
+		return false
+	}
 	mayForOthers, _ := storable(&Request{Method: "GET"}, res, t.CacheConfig)
-	return t.stored != nil && current && !mayForOthers
+	return !mayForOthers
 }
 
 // store begins to store a response, and reports whether it does.

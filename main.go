@@ -766,7 +766,8 @@ type journal struct {
 	begun time.Time
 	to    io.Writer
 
-	writing sync.Mutex // is held by flush
+	writing sync.Mutex // is held by flush, and guards
+	written []byte     // lines that are; it takes turns with out, as growing anew costs 5 % of a hit
 
 	sync.Mutex          // guards the rest
 	out        []byte   // lines that are not written yet
@@ -806,9 +807,10 @@ func (x *exchange) log() {
 	line = strconv.AppendInt(line, int64(x.res.Status), 10)
 	line = append(line, ' ')
 	line = strconv.AppendInt(line, sent, 10)
-	line = append(line, " "+printable(x.req.Method)+" "...)
+	line = append(line, " "+printable(x.req.Method)...)
 	plain, _, _ := strings.Cut(url, "?")
-	shown := string(line) + plain[:min(len(plain), maxShown)]
+	shown := string(line) + " " + plain[:min(len(plain), maxShown)]
+	line = append(line, ' ')
 	line = append(line, url...)
 	line = append(line, " - "+asked+" "+printable(kind)+"\n"...)
 	x.record(line, shown, sent)
@@ -866,11 +868,12 @@ func (j *journal) flush() {
 	defer j.writing.Unlock()
 	j.Lock()
 	lines := j.out
-	j.out = nil
+	j.out = j.written[:0]
 	j.Unlock()
 	if len(lines) > 0 {
 		j.to.Write(lines)
 	}
+	j.written = lines
 }
 
 // summary tells what has been counted. The caller holds the lock.
