@@ -124,7 +124,6 @@ func (t *transaction) respond() (*Response, error) {
 			return t.forward(d, why)
 		}
 		if d == nil { // the store has changed since the look-up: look again
-			t.drop()
 			continue
 		}
 		if waited == t.name { // once is enough
@@ -134,7 +133,6 @@ func (t *transaction) respond() (*Response, error) {
 			return t.forward(nil, why)
 		}
 		waited = t.name
-		t.drop()
 	}
 }
 
@@ -291,6 +289,7 @@ func (b fileBody) Close() error { return b.file.Close() }
 // text. The name of any other variant ends in a hash of those fields and of
 // that text. So removing the first file makes all of them unreachable.
 func (t *transaction) lookup() (fresh bool, why reason) {
+	t.drop() // what an earlier look-up has found
 	t.name = fileName(t.req.URL.Host() + t.req.URL.Path)
 	t.seen = t.version.Load()
 	t.stored = t.find()

@@ -84,9 +84,8 @@ var errSilent = errors.New("closed the connection without an answer")
 // not repaired, because request smuggling lives on such differences (RFC 9112
 // §11.2). With a statusError the request holds what was understood so far, and
 // the client is to be told. After any other error there is no request to answer.
-func readRequest(c *conn) (*Request, error) {
-	var err error
-	req := new(Request)
+func readRequest(c *conn) (req *Request, err error) {
+	req = new(Request)
 	req.Header, err = c.readHead(false, req.parseLine)
 	if err != nil {
 		return req, err
@@ -124,20 +123,19 @@ func (req *Request) hasBody() bool { return req.Body.length != 0 }
 
 // readResponse reads the head of a response to a method and finds out where
 // its body ends. Its errors are about the origin: the caller says which.
-func readResponse(c *conn, method string) (*Response, error) {
-	res := &Response{Origin: c.peer}
-	header, err := c.readHead(true, res.parseLine)
+func readResponse(c *conn, method string) (res *Response, err error) {
+	res = &Response{Origin: c.peer}
+	res.Header, err = c.readHead(true, res.parseLine)
 	if err != nil {
 		return nil, err
 	}
-	length, chunked, err := findFraming(res.Proto, header, true)
+	length, chunked, err := findFraming(res.Proto, res.Header, true)
 	if err != nil {
 		return nil, err
 	}
 	if bodiless(res.Status) {
 		length = 0
 	}
-	res.Header = header
 	res.Length = length
 	if method == "HEAD" {
 		length = 0
@@ -1003,18 +1001,13 @@ var connectionScheme = regexp.MustCompile(`(?i)^(NTLM|Negotiate)(\s|$)`)
 // 169.254.169.254: there cloud providers answer with a machine's credentials.
 func isInner(ip netip.Addr) bool {
 	return ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() ||
-		slices.Contains(metadataAddresses, ip)
+		slices.Contains(metadataAddresses, ip.String())
 }
 
 // Metadata services that are not link-local: those of AWS, Google, Alibaba, Oracle and
 // Azure.
-var metadataAddresses = []netip.Addr{
-	netip.MustParseAddr("fd00:ec2::254"),
-	netip.MustParseAddr("fd20:ce::254"),
-	netip.MustParseAddr("100.100.100.200"),
-	netip.MustParseAddr("192.0.0.192"),
-	netip.MustParseAddr("168.63.129.16"),
-}
+var metadataAddresses = []string{"fd00:ec2::254", "fd20:ce::254", "100.100.100.200",
+	"192.0.0.192", "168.63.129.16"}
 
 // Host returns the authority as the Host field has it: without port 80.
 func (u URL) Host() string { return strings.TrimSuffix(u.Authority, ":80") }
