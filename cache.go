@@ -294,21 +294,30 @@ func (t *transaction) lookup() (fresh bool, why reason) {
 	t.seen = t.version.Load()
 	t.stored = t.find()
 	why = "uri-miss"
-	if t.stored != nil && t.stored.Has("Vary") && !t.stored.selectedBy(t.sent()) {
-		why = "vary-miss"
-		selecting := selectingFields(t.stored.Header, t.sent())
-		hash := sha256.Sum256(fmt.Appendf(nil, "%q%q", t.stored.request.Get("Generation"), selecting))
-		t.name += fmt.Sprintf("~%x", hash[:8])
-		t.drop()
-		t.stored = t.find()
-		if t.stored != nil && !t.stored.selectedBy(t.sent()) { // its own Vary may differ
-			t.drop()
+	if t.stored != nil && t.stored.Has("Vary") {
+		sent := t.sent()
+		if !t.stored.selectedBy(sent) {
+			why = "vary-miss"
+			t.findVariant(sent)
 		}
 	}
 	if t.stored == nil {
 		return false, why
 	}
 	return t.stored.satisfies(t.req.Header, t.asked)
+}
+
+// findVariant goes on from the first variant of a URL to the one that the fields of
+// a request select.
+func (t *transaction) findVariant(sent Header) {
+	selecting := selectingFields(t.stored.Header, sent)
+	hash := sha256.Sum256(fmt.Appendf(nil, "%q%q", t.stored.request.Get("Generation"), selecting))
+	t.name += fmt.Sprintf("~%x", hash[:8])
+	t.drop()
+	t.stored = t.find()
+	if t.stored != nil && !t.stored.selectedBy(sent) { // its own Vary may differ
+		t.drop()
+	}
 }
 
 // find returns what there is under the name: in memory, on its way, or in a file.
@@ -361,8 +370,8 @@ func (t *transaction) open() *Entry {
 }
 
 // remember reads a body into memory, and lets e read it from there: to open a file
-// takes 20 µs. inMemory falls when the garbage collector has found that no client reads the
-// body any more.
+// takes 20 µs. inMemory falls when the garbage collector has found that no client
+// reads the body any more.
 func (t *transaction) remember(e *Entry) {
 	if t.inMemory.Load() > maxMemory {
 		t.memory.Clear() // to read them again is cheap
