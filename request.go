@@ -644,6 +644,8 @@ type conn struct {
 	peer       netip.Addr // whom it leads to
 	in         *bufio.Reader
 	out        []byte        // written, but not yet sent
+	pair       [2][]byte     // what send is writing; kept here, as its garbage took 15 MiB of memory
+	buffers    net.Buffers   // the same, as WriteTo takes it
 	err        error         // what ended writing
 	sent       int64         // bytes
 	beforeWait flusher       // is flushed before a read that may wait; may be nil
@@ -704,8 +706,9 @@ func (c *conn) send(p []byte) error {
 		piece := p[:min(len(p), maxPiece)]
 		p = p[len(piece):]
 		c.progress()
-		buffers := net.Buffers{c.out, piece}
-		n, err := buffers.WriteTo(c.Conn)
+		c.pair = [2][]byte{c.out, piece}
+		c.buffers = c.pair[:]
+		n, err := c.buffers.WriteTo(c.Conn)
 		c.sent += n
 		c.err = err
 		c.out = c.out[:0]
